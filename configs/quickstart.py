@@ -1,0 +1,35 @@
+"""python -m tlt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+A 3M-parameter policy (16 layers, 128 wide) learns to search for pairs of numbers, on two CPU
+cores. Variants: "" (the run above) and "tiny" (random weights, a few steps, for a first look).
+"""
+
+import dataclasses
+
+from ml_collections import config_dict
+
+from tlt_jax.config import RunConfig
+
+WARM_START = "configs/warm_start/pairs"
+
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    """The run's `ConfigDict`; raises ValueError for an unknown variant."""
+    config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
+    config.warm_start_dir = WARM_START
+    if variant == "tiny":
+        _shrink(config)
+    elif variant:
+        raise ValueError(f"configs/quickstart.py has no variant '{variant}'; it has 'tiny'.")
+    return config
+
+
+def _shrink(config: config_dict.ConfigDict) -> None:
+    config.warm_start_dir = ""
+    config.num_steps = 4
+    config.policy.update(num_layers=2, width=32, num_heads=2, head_size=16, ffn_width=64)
+    config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
+    config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
+    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4, rounds_per_microbatch=2)
+    config.learner.row_length = 96
+    config.checkpoint.every = 2

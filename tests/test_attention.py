@@ -1,0 +1,145 @@
+"""Both attentions: a naive loop, then packed rows, then the cache step by step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import attention, kv_cache
+from tlt_jax.types import INVALID
+
+B, T, N, K, H = 2, 9, 4, 2, 4
+SEGMENTS = np.array([[0, 0, 0, 0, 0, 0, 0, 0, 0], [3, 3, 3, 7, 7, 7, 7, -1, -1]], np.int32)
+
+_cached = jax.jit(functools.partial(attention.cached, backend="reference"))
+
+
+def _random_qkv(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def _naive(q, k, v, segments):
+    """One query and one head at a time, over what it may see, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] != INVALID] or [t]
+        scores = k[b, seen, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ v[b, seen, n // (N // K)] / weights.sum()
+    return out
+
+
+@pytest.fixture(scope="module", params=[attention.QUERY_BLOCK, 4, 3], ids="block {}".format)
+def packed(request):
+    """`attention.packed` on segment ids, jitted; rows as long as a block, and of several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", request.param)
+        yield jax.jit(lambda q, k, v, s: attention.packed(q, k, v, attention.packed_mask(s)))
+
+
+def test_the_mask_by_hand():
+    expected = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    found = attention.packed_mask(jnp.array([[0, 0, 1, 1, INVALID]]))
+    assert found.dtype == jnp.bool_
+    np.testing.assert_array_equal(found, [expected])
+
+
+def test_padding_does_not_see_other_padding():
+    np.testing.assert_array_equal(
+        attention.packed_mask(jnp.full((1, 3), INVALID)), np.eye(3, dtype=bool)[None]
+    )
+
+
+def test_one_head_by_hand():
+    # Scores of token 1 are 1 * log 3 and 0 at H = 1, so the weights are 3/4 and 1/4.
+    q = jnp.array([5.0, 1.0]).reshape(1, 2, 1, 1)
+    k = jnp.array([np.log(3.0), 0.0]).reshape(1, 2, 1, 1)
+    v = jnp.array([8.0, 4.0]).reshape(1, 2, 1, 1)
+    found = attention.packed(q, k, v, attention.packed_mask(jnp.array([[0, 0]])))
+    np.testing.assert_allclose(found.ravel(), [8.0, 7.0], rtol=1e-6)
+
+
+def test_packed_is_the_naive_loop(packed):
+    q, k, v = _random_qkv()
+    found = packed(q, k, v, SEGMENTS)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, _naive(q, k, v, SEGMENTS), atol=2e-6)
+
+
+def test_a_later_token_or_another_segment_changes_nothing(packed):
+    q, k, v = _random_qkv()
+    base = packed(q, k, v, SEGMENTS)
+
+    def disturbed(row, position):
+        return packed(
+            q, k.at[row, position].add(3.0), v.at[row, position].add(3.0), SEGMENTS
+        )
+
+    for position in range(T):
+        other = disturbed(0, position)
+        np.testing.assert_array_equal(other[0, :position], base[0, :position])
+        assert np.all(other[0, position:] != base[0, position:])
+    for position in (0, 1, 2, 7, 8):  # segment 3 and padding
+        other = disturbed(1, position)
+        np.testing.assert_array_equal(other[1, 3:7], base[1, 3:7])
+        np.testing.assert_array_equal(other[0], base[0])
+
+
+def test_decoding_with_a_cache_is_the_packed_row(packed):
+    q, k, v = _random_qkv()
+    expected = packed(q, k, v, np.zeros_like(SEGMENTS))
+    cache = kv_cache.empty(B, K, T + 3, H, jnp.dtype("float32"))
+    for index in range(T):
+        one = slice(index, index + 1)
+        found, cache = _cached(
+            q[:, one], k[:, one], v[:, one], cache, jnp.full((B,), index, jnp.int32)
+        )
+        np.testing.assert_allclose(found[:, 0], expected[:, index], atol=2e-6)
+    np.testing.assert_array_equal(cache.k[:, :, :T], k.swapaxes(1, 2))
+    np.testing.assert_array_equal(cache.v[:, :, :T], v.swapaxes(1, 2))
+
+
+def test_rows_of_unequal_length_and_what_lies_beyond_them():
+    q, k, v = _random_qkv()
+    cache = kv_cache.empty(B, K, T + 3, H, jnp.dtype("float32"))
+    _, cache = _cached(q, k, v, cache, jnp.zeros((B,), jnp.int32))
+    lengths = jnp.array([4, 2], jnp.int32)
+    new = slice(5, 8)
+    found, written = _cached(q[:, new], k[:, new], v[:, new], cache, lengths)
+    for row, length in enumerate((4, 2)):
+        keys, values = (
+            jnp.concatenate([x[:, :length], x[:, new]], axis=1)[row] for x in (k, v)
+        )
+        for index in range(3):
+            end = length + index + 1
+            scores = np.einsum(
+                "ngh,snh->ngs",
+                np.asarray(q[row, 5 + index]).reshape(K, N // K, H) / np.sqrt(H),
+                keys[:end],
+            )
+            weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+            expected = np.einsum("ngs,snh->ngh", weights, values[:end]).reshape(N, H)
+            np.testing.assert_allclose(found[row, index], expected, atol=2e-6)
+        beyond = slice(length + 3, None)
+        np.testing.assert_array_equal(written.k[row, :, beyond], cache.k[row, :, beyond])
+
+
+def test_bfloat16_keeps_its_dtype():
+    q, k, v = _random_qkv(jnp.bfloat16)
+    found = jax.jit(attention.packed)(q, k, v, attention.packed_mask(jnp.asarray(SEGMENTS)))
+    assert found.dtype == jnp.bfloat16
+    # Inputs agree exactly; scores, weights and output are rounded to 2^-9 of values below 4.
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03
+    )

@@ -1,0 +1,141 @@
+"""The drafter's data buffer: by hand, then against a ring in plain Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import buffer as buffer_lib
+from tlt_jax.types import INVALID
+
+ROWS, ROW_LENGTH, WIDTH, LONGEST = 3, 8, 2, 10
+
+_insert_many = jax.jit(buffer_lib.insert_many)
+_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
+
+
+def _empty():
+    return buffer_lib.empty(ROWS, ROW_LENGTH, WIDTH, jnp.dtype("float32"))
+
+
+def _sequences(first, count):
+    """Tokens 100 n + position of the n-th sequence, and features that name the same two."""
+    number = np.arange(first, first + count)[:, None]
+    position = np.broadcast_to(np.arange(LONGEST), (count, LONGEST))
+    tokens = 100 * number + position
+    features = np.stack([np.broadcast_to(number, tokens.shape), position], axis=-1)
+    return tokens.astype(np.int32), features.astype(np.float32)
+
+
+def _insert(buffer, *lengths, first=0):
+    """Inserts sequences numbered from `first` on, with these lengths."""
+    return _insert_many(buffer, *_sequences(first, len(lengths)), jnp.array(lengths, jnp.int32))
+
+
+def _check_alignment(packed):
+    """Wherever a segment is, token, feature and position tell of the same place."""
+    here = np.asarray(packed.segment_ids) != INVALID
+    tokens, positions = np.asarray(packed.tokens)[here], np.asarray(packed.positions)[here]
+    features = np.asarray(packed.features)[here]
+    np.testing.assert_array_equal(tokens % 100, positions)
+    np.testing.assert_array_equal(features[:, 0], tokens // 100)
+    np.testing.assert_array_equal(features[:, 1], positions)
+
+
+def test_an_empty_buffer_holds_nothing():
+    buffer = _empty()
+    assert np.all(np.asarray(buffer.segment_ids) == INVALID)
+    assert [int(x) for x in (buffer.row, buffer.used, buffer.segments, buffer.filled)] == [0] * 4
+    assert buffer.features.shape == (ROWS, ROW_LENGTH, WIDTH)
+
+
+def test_rows_are_filled_in_order_by_hand():
+    buffer = _insert(_empty(), 3, 5, 2)  # 3 + 5 fill row 0 to its end, 2 begins row 1
+    np.testing.assert_array_equal(buffer.tokens[0], [0, 1, 2, 100, 101, 102, 103, 104])
+    np.testing.assert_array_equal(buffer.segment_ids[0], [0, 0, 0, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(buffer.positions[0], [0, 1, 2, 0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(buffer.tokens[1, :2], [200, 201])
+    np.testing.assert_array_equal(buffer.segment_ids[1], [2, 2] + [INVALID] * 6)
+    np.testing.assert_array_equal(buffer.segment_ids[2], [INVALID] * 8)
+    state = (buffer.row, buffer.used, buffer.segments, buffer.filled)
+    assert [int(x) for x in state] == [1, 2, 3, 2]
+    _check_alignment(buffer)
+
+
+def test_the_ring_wraps_to_the_oldest_row_and_clears_it():
+    buffer = _insert(_empty(), 3, 5, 7, 6, 2, 4)  # rows 3 + 5, 7, 6 + 2, and 4 on row 0 again
+    np.testing.assert_array_equal(buffer.tokens[0, :4], [500, 501, 502, 503])
+    np.testing.assert_array_equal(buffer.segment_ids[0], [5] * 4 + [INVALID] * 4)
+    np.testing.assert_array_equal(buffer.segment_ids[1], [2] * 7 + [INVALID])
+    np.testing.assert_array_equal(buffer.segment_ids[2], [3] * 6 + [4] * 2)
+    state = (buffer.row, buffer.used, buffer.segments, buffer.filled)
+    assert [int(x) for x in state] == [0, 4, 6, 3]
+    _check_alignment(buffer)
+
+
+def test_length_zero_stores_nothing():
+    base = _insert(_empty(), 3, 4)
+    with_gaps = _insert_many(
+        _empty(), *_sequences(0, 2), jnp.array([3, 0], jnp.int32)
+    )
+    with_gaps = _insert_many(with_gaps, *_sequences(0, 2), jnp.array([0, 4], jnp.int32))
+    jax.tree.map(np.testing.assert_array_equal, with_gaps, base)
+    nothing = _insert(base, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, nothing, base)
+    one = jax.jit(buffer_lib.insert)(base, *(x[0] for x in _sequences(9, 1)), jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, one, base)
+
+
+def test_only_filled_rows_are_drawn_and_all_of_them():
+    buffer, keys = _insert(_empty(), 8, 5), jax.random.split(jax.random.key(0), 20)
+    drawn = jax.vmap(lambda key: _sample(buffer, key, rows=2))(keys)
+    assert drawn.tokens.shape == (20, 2, ROW_LENGTH)
+    assert np.all(np.asarray(drawn.segment_ids)[..., 0] != INVALID)
+    assert set(np.asarray(drawn.segment_ids)[..., 0].ravel().tolist()) == {0, 1}
+    _check_alignment(drawn)
+
+
+def test_a_microbatch_depends_on_its_key():
+    buffer = _insert(_empty(), 8, 8, 8)
+    drawn = [np.asarray(_sample(buffer, jax.random.key(n), rows=6).tokens) for n in (0, 1, 0)]
+    assert not np.array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+class _PlainRing:
+    """The same buffer as lists of (token, segment, position)."""
+
+    def __init__(self):
+        self.rows = [[] for _ in range(ROWS)]
+        self.row = self.segments = 0
+        self.filled = 0
+
+    def insert(self, tokens):
+        if not tokens:
+            return
+        if len(self.rows[self.row]) + len(tokens) > ROW_LENGTH:
+            self.row = (self.row + 1) % ROWS
+            self.rows[self.row] = []
+        self.rows[self.row] += [(token, self.segments, at) for at, token in enumerate(tokens)]
+        self.segments += 1
+        self.filled = max(self.filled, self.row + 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_lengths_give_the_plain_ring(seed):
+    rng = np.random.default_rng(seed)
+    buffer, ring = _empty(), _PlainRing()
+    for first in range(0, 24, 6):
+        lengths = rng.integers(0, ROW_LENGTH + 1, 6) * rng.integers(0, 2, 6)
+        tokens, _ = _sequences(first, 6)
+        for row, length in zip(tokens, lengths, strict=True):
+            ring.insert(row[:length].tolist())
+        buffer = _insert(buffer, *lengths.tolist(), first=first)
+        for index, expected in enumerate(ring.rows):
+            count = len(expected)
+            found = (buffer.tokens[index], buffer.segment_ids[index], buffer.positions[index])
+            assert list(zip(*(x[:count].tolist() for x in found), strict=True)) == expected
+            assert np.all(np.asarray(buffer.segment_ids)[index, count:] == INVALID)
+        assert (int(buffer.row), int(buffer.used)) == (ring.row, len(ring.rows[ring.row]))
+        assert (int(buffer.segments), int(buffer.filled)) == (ring.segments, ring.filled)
+        _check_alignment(buffer)

@@ -1,0 +1,250 @@
+"""The config: what a mapping may hold, and which combinations are refused before any device is."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tlt_jax import config as config_lib
+from tlt_jax.config import RopeScaling, RunConfig
+from tlt_jax.types import Strategy, UserError
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _built(values):
+    return config_lib.from_mapping(RunConfig, values)
+
+
+def _changed(**groups):
+    """The default `RunConfig` with fields of its groups changed: `rollout={"top_k": 3}`."""
+    base = RunConfig()
+    changes = {
+        name: dataclasses.replace(getattr(base, name), **value) if isinstance(value, dict) else value
+        for name, value in groups.items()
+    }
+    return dataclasses.replace(base, **changes)
+
+
+def test_a_config_survives_the_round_trip():
+    config = _changed(
+        seed=7,
+        policy={"rope_scaling": RopeScaling(factor=8.0), "qkv_bias": True},
+        rollout={"row_buckets": (16, 1), "depths": (0, 3), "temperature": 0.5},
+    )
+    assert _built(dataclasses.asdict(config)) == config
+
+
+def test_absent_keys_keep_their_defaults():
+    config = _built({"rollout": {"top_k": 3}})
+    assert config == _changed(rollout={"top_k": 3})
+
+
+def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
+    config = _built({"rollout": {"temperature": 1, "depths": [3, 2, 1, 0, 0]}})
+    assert isinstance(config.rollout.temperature, float)
+    assert config.rollout.depths == (3, 2, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"sede": 1}, "unknown key 'config.sede': did you mean 'seed'?"),
+        (
+            {"rolout": {"temperature": 1.0}},
+            "unknown key 'config.rolout': did you mean 'rollout'?",
+        ),
+        (
+            {"rollout": {"temperatur": 1.0}},
+            "unknown key 'config.rollout.temperatur': did you mean 'temperature'?",
+        ),
+        (
+            {"policy": {"rope_scaling": {"facter": 1.0}}},
+            "unknown key 'config.policy.rope_scaling.facter': did you mean 'factor'?",
+        ),
+        ({"checkpoint": {"xyz": 1}}, "unknown key 'config.checkpoint.xyz': known: every, keep."),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values, sentence):
+    with pytest.raises(UserError) as raised:
+        _built(values)
+    assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"seed": None}, "config.seed has no value; set it with --config.seed=VALUE."),
+        (
+            {"policy": {"rope_scaling": {"factor": None}}},
+            "config.policy.rope_scaling.factor has no value; "
+            "set it with --config.policy.rope_scaling.factor=VALUE.",
+        ),
+        (
+            {"rollout": {"depths": None}},
+            "config.rollout.depths has no value; set it with --config.rollout.depths=VALUE.",
+        ),
+    ],
+)
+def test_an_unset_placeholder_says_how_to_set_it(values, sentence):
+    with pytest.raises(UserError) as raised:
+        _built(values)
+    assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"seed": 1.5}, "config.seed is 1.5; it must be of type int."),
+        ({"seed": True}, "config.seed is True; it must be of type int."),
+        ({"seed": "1"}, "config.seed is '1'; it must be of type int."),
+        ({"warm_start_dir": 3}, "config.warm_start_dir is 3; it must be of type str."),
+        ({"rollout": {"speculate": 1}}, "config.rollout.speculate is 1; it must be of type bool."),
+        (
+            {"rollout": {"temperature": True}},
+            "config.rollout.temperature is True; it must be of type float.",
+        ),
+        (
+            {"rollout": {"temperature": "hot"}},
+            "config.rollout.temperature is 'hot'; it must be of type float.",
+        ),
+        (
+            {"rollout": {"depths": 4}},
+            "config.rollout.depths is 4; it must be a tuple, for example (8, 4, 1).",
+        ),
+        (
+            {"rollout": {"depths": "44"}},
+            "config.rollout.depths is '44'; it must be a tuple, for example (8, 4, 1).",
+        ),
+        (
+            {"rollout": {"depths": (4, 2.5)}},
+            "config.rollout.depths is 2.5; it must be of type int.",
+        ),
+        ({"policy": 3}, "config.policy is 3; it must be a group of keys."),
+        ({"policy": None}, "config.policy is None; it must be a group of keys."),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(values, sentence):
+    with pytest.raises(UserError) as raised:
+        _built(values)
+    assert str(raised.value) == sentence
+
+
+def test_the_default_and_other_sound_configs_are_returned():
+    for config in (
+        RunConfig(),
+        _changed(rollout={"top_k": 5, "top_p": 0.9}, mesh={"slices": 2, "tensor": 2}),
+        _changed(num_steps=0, rollout={"temperature": 0.0}),  # greedy, without training
+        _changed(rollout={"row_buckets": (16,), "depths": (0,)}),
+    ):
+        assert config_lib.validate(config) is config
+
+
+IMPOSSIBLE = [
+    ("config.policy.num_layers", {"policy": {"num_layers": 0}}),
+    ("config.policy.width", {"policy": {"width": 0}}),
+    ("config.policy.num_heads", {"policy": {"num_heads": 0}}),
+    ("config.policy.num_kv_heads", {"policy": {"num_kv_heads": -1}}),
+    ("config.policy.head_size", {"policy": {"head_size": 0}}),
+    ("config.policy.head_size", {"policy": {"head_size": 31}}),
+    ("config.policy.ffn_width", {"policy": {"ffn_width": 0}}),
+    ("config.policy.num_kv_heads=3", {"policy": {"num_kv_heads": 3}}),
+    ("config.policy.dtype", {"policy": {"dtype": "float16"}}),
+    ("config.mesh.slices", {"mesh": {"slices": 0}}),
+    ("config.mesh.tensor", {"mesh": {"tensor": 0}}),
+    ("config.policy.num_kv_heads=2", {"mesh": {"tensor": 4}}),
+    ("config.policy.ffn_width=385", {"policy": {"ffn_width": 385}, "mesh": {"tensor": 2}}),
+    ("config.policy.vocab_size=65", {"policy": {"vocab_size": 65}, "mesh": {"tensor": 2}}),
+    ("config.policy.width=129", {"policy": {"width": 129}}),
+    ("config.mesh.slices=3", {"mesh": {"slices": 3}, "policy": {"width": 129}}),
+    ("config.rollout.group_size", {"rollout": {"group_size": 1}}),
+    ("config.rollout.row_buckets", {"rollout": {"row_buckets": ()}}),
+    ("config.rollout.row_buckets", {"rollout": {"row_buckets": (16, 16, 4, 2, 1)}}),
+    ("config.rollout.row_buckets", {"rollout": {"row_buckets": (1, 2, 4, 8, 16)}}),
+    ("config.rollout.row_buckets", {"rollout": {"row_buckets": (16, 8, 4, 2, 0)}}),
+    ("config.rollout.row_buckets starts at 8", {"rollout": {"row_buckets": (8, 4, 2, 1)}}),
+    ("config.rollout.depths", {"rollout": {"depths": (2, 2)}}),
+    ("config.rollout.depths", {"rollout": {"depths": (2, 2, 4, 4, -1)}}),
+    ("config.rollout.length_buckets", {"rollout": {"length_buckets": ()}}),
+    ("config.rollout.length_buckets", {"rollout": {"length_buckets": (256, 128, 512)}}),
+    ("config.rollout.length_buckets ends at 448", {"rollout": {"length_buckets": (128, 448)}}),
+    ("config.rollout.length_buckets starts at 33", {"rollout": {"length_buckets": (33, 512)}}),
+    ("config.rollout.temperature", {"rollout": {"temperature": -0.1}}),
+    ("config.rollout.temperature", {"rollout": {"temperature": float("nan")}}),
+    ("config.rollout.temperature is 0", {"rollout": {"temperature": 0.0}}),
+    ("config.rollout.top_p", {"rollout": {"top_p": 0.0}}),
+    ("config.rollout.top_p", {"rollout": {"top_p": 1.1}}),
+    ("config.rollout.top_k", {"rollout": {"top_k": -1}}),
+    ("config.rollout.chunk_tokens", {"rollout": {"chunk_tokens": 4}}),
+    ("config.learner.row_length=447", {"learner": {"row_length": 447}}),
+    ("config.drafter.row_length=447", {"drafter": {"row_length": 447}}),
+    ("config.learner.microbatch_rows=3", {"learner": {"microbatch_rows": 3}}),
+    ("config.learner.aggregation", {"learner": {"aggregation": "mean"}}),
+    ("config.learner.decay", {"learner": {"decay": "exponential"}}),
+    ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": 0}}),
+    ("config.drafter.buffer_rows", {"drafter": {"buffer_rows": 0}}),
+    ("config.drafter.microbatch_rows", {"drafter": {"microbatch_rows": 0}}),
+    ("config.drafter.ffn_width", {"drafter": {"ffn_width": 0}}),
+    ("config.checkpoint.every", {"checkpoint": {"every": 0}}),
+    ("config.checkpoint.keep", {"checkpoint": {"keep": 0}}),
+]
+
+
+@pytest.mark.parametrize(("key", "changes"), IMPOSSIBLE, ids=[str(c) for _, c in IMPOSSIBLE])
+def test_an_impossible_combination_names_its_key(key, changes):
+    with pytest.raises(UserError) as raised:
+        config_lib.validate(_changed(**changes))
+    assert key in str(raised.value)
+
+
+def test_what_just_fits_is_not_refused():
+    config_lib.validate(_changed(learner={"row_length": 448}, drafter={"row_length": 448}))
+    config_lib.validate(_changed(rollout={"length_buckets": (34, 453)}))
+    config_lib.validate(_changed(rollout={"chunk_tokens": 5}))
+
+
+def test_checks_touch_no_device():
+    """With a platform that does not exist, whatever needs a device fails."""
+    script = (
+        "import jax\n"
+        "from tlt_jax import config\n"
+        "config.validate(config.from_mapping(config.RunConfig, {'rollout': {'top_k': 3}}))\n"
+        "try:\n"
+        "    jax.devices()\n"
+        "except RuntimeError:\n"
+        "    print('no device was there to be used')\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "no device was there to be used\n", done.stderr
+
+
+def test_rollout_figures_by_hand():
+    rollout = _changed(
+        rollout={
+            "prompts_per_step": 3,
+            "group_size": 5,
+            "max_prompt_length": 10,
+            "max_response_length": 90,
+            "row_buckets": (8, 2),
+            "depths": (0, 3),
+            "chunk_tokens": 18,
+        }
+    ).rollout
+    assert (rollout.num_sequences, rollout.max_length, rollout.slack) == (15, 100, 4)
+    assert [rollout.strategy(rows) for rows in (8, 2)] == [Strategy(0), Strategy(3)]
+    assert [rollout.rounds(Strategy(depth)) for depth in (0, 3)] == [18, 4]
+    plain = dataclasses.replace(rollout, speculate=False)
+    assert plain.strategy(2) == Strategy(0)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "filtered"), [(0, 1.0, False), (1, 1.0, True), (0, 0.9, True)]
+)
+def test_filters_are_part_of_the_programs_only_where_asked_for(top_k, top_p, filtered):
+    assert _changed(rollout={"top_k": top_k, "top_p": top_p}).rollout.filtered == filtered

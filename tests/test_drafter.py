@@ -1,0 +1,125 @@
+"""The drafter: its pairs by hand, a naive layer, and training rows against decoding with a cache."""
+
+import jax
+import jax.numpy as jnp
+import naive_decoder
+import numpy as np
+import pytest
+
+from tlt_jax import drafter
+from tlt_jax.config import DrafterConfig
+from tlt_jax.types import INVALID
+
+DRAFTER = DrafterConfig(ffn_width=20)
+T, D = 8, 16
+SEGMENTS = np.array([[4, 4, 4, 4, 7, 7, 7, 7], [5, 5, 5, 5, 5, 5, -1, -1]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
+
+_decode = jax.jit(drafter.decode, static_argnames="config")
+_packed = jax.jit(drafter.packed_forward, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def params(tiny_config, random_params):
+    return random_params(drafter.param_specs(tiny_config, DRAFTER), 0)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Features h[t] and embeddings of x[t + 1], both [2, T, D]."""
+    drawn = np.random.default_rng(0).standard_normal((2, 2, T, D))
+    return tuple(jnp.asarray(x, jnp.float32) for x in drawn)
+
+
+def test_training_pairs_by_hand():
+    # Segments 4 4 4 7 7 -1: pair t is fed h[t] and x[t + 1], and is held against h[t + 1].
+    tokens = jnp.array([[10, 11, 12, 20, 21, 99]])
+    segments = jnp.array([[4, 4, 4, 7, 7, INVALID]])
+    features = jnp.arange(6.0).reshape(1, 6, 1) + 0.5
+    pairs = drafter.training_pairs(tokens, features, segments)
+    np.testing.assert_array_equal(pairs.weights, [[1, 1, 0, 1, 0, 0]])
+    used = np.asarray(pairs.weights, bool)
+    np.testing.assert_array_equal(pairs.features[used, 0], [0.5, 1.5, 3.5])
+    np.testing.assert_array_equal(pairs.next_tokens[used], [11, 12, 21])
+    np.testing.assert_array_equal(pairs.target_features[used, 0], [1.5, 2.5, 4.5])
+    assert pairs.weights.dtype == jnp.float32
+    assert pairs.next_tokens.shape == (1, 6) and pairs.target_features.shape == (1, 6, 1)
+
+
+@pytest.mark.parametrize("segments", [[3, 3, 3], [INVALID] * 3, [1, 2, 3]])
+def test_the_last_pair_of_a_row_and_padding_have_no_target(segments):
+    found = drafter.training_pairs(
+        jnp.array([[1, 2, 3]]), jnp.ones((1, 3, 2)), jnp.array([segments])
+    )
+    expected = [1, 1, 0] if segments == [3, 3, 3] else [0, 0, 0]
+    np.testing.assert_array_equal(found.weights, [expected])
+
+
+def test_packed_forward_is_the_naive_layer_on_every_segment(params, tiny_config, pairs):
+    found = _packed(params, tiny_config, *pairs, POSITIONS, SEGMENTS)
+    weights = naive_decoder.unpack(params["layer"], tiny_config)
+    eps = tiny_config.norm_eps
+    fuse = np.asarray(params["fuse"], np.float64)
+    for row, segment in ((0, 4), (0, 7), (1, 5)):
+        here = SEGMENTS[row] == segment
+        features, embedded = (x[row, here] for x in pairs)
+        both = np.concatenate(
+            [
+                naive_decoder.rms_norm(features, params["feature_norm"], eps),
+                naive_decoder.rms_norm(embedded, params["token_norm"], eps),
+            ],
+            axis=-1,
+        )
+        stream = naive_decoder.layer(weights, tiny_config, both @ np.concatenate(fuse))
+        expected = naive_decoder.rms_norm(stream, params["norm"], eps)
+        np.testing.assert_allclose(found[row, here], expected, atol=2e-5)
+
+
+def test_decoding_pair_by_pair_is_the_packed_row(params, tiny_config, pairs):
+    whole = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    expected = _packed(params, tiny_config, *pairs, whole, np.zeros((2, T), np.int32))
+    cache = drafter.empty_cache(tiny_config, 2, T + 2)
+    at_once, filled = _decode(params, tiny_config, *pairs, cache, jnp.zeros((2,), jnp.int32))
+    np.testing.assert_allclose(at_once, expected, atol=1e-5)
+    for index in range(T):
+        one = (x[:, index : index + 1] for x in pairs)
+        found, cache = _decode(params, tiny_config, *one, cache, jnp.full((2,), index, jnp.int32))
+        np.testing.assert_allclose(found[:, 0], expected[:, index], atol=1e-5)
+    np.testing.assert_allclose(cache.k, filled.k, atol=1e-5)
+
+
+def test_each_row_has_its_own_first_pair(params, tiny_config, pairs):
+    """Rows 3 and 6 pairs long get two more, over what an earlier, longer guess left behind."""
+    whole = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    expected = _packed(params, tiny_config, *pairs, whole, np.zeros((2, T), np.int32))
+    known, starts = np.array([[3], [6]]), jnp.array([3, 6], jnp.int32)
+    wrong = [jnp.where(np.arange(T)[None, :, None] < known[..., None], x, 9.0) for x in pairs]
+    cache = drafter.empty_cache(tiny_config, 2, T + 2)
+    _, cache = _decode(params, tiny_config, *wrong, cache, jnp.zeros((2,), jnp.int32))
+    for step in range(2):
+        one = (jnp.stack([x[0, 3 + step], x[1, 6 + step]])[:, None] for x in pairs)
+        found, cache = _decode(params, tiny_config, *one, cache, starts + step)
+        np.testing.assert_allclose(found[0, 0], expected[0, 3 + step], atol=1e-5)
+        np.testing.assert_allclose(found[1, 0], expected[1, 6 + step], atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["feature", "token"])
+def test_a_later_pair_or_another_segment_changes_nothing(params, tiny_config, pairs, part):
+    base = _packed(params, tiny_config, *pairs, POSITIONS, SEGMENTS)
+    for position, untouched in ((2, [0, 1, 4, 5, 6, 7]), (6, [0, 1, 2, 3, 4, 5])):
+        disturbed = list(pairs)
+        disturbed[part] = disturbed[part].at[0, position].add(2.0)
+        other = _packed(params, tiny_config, *disturbed, POSITIONS, SEGMENTS)
+        np.testing.assert_array_equal(other[0, untouched], base[0, untouched])
+        assert np.all(np.any(other[0, position : position + 2] != base[0, position : position + 2]))
+
+
+def test_the_drafters_tree_holds_neither_embedding_nor_head(tiny_config):
+    made = jax.eval_shape(
+        lambda key: drafter.init(tiny_config, DRAFTER, key), jax.random.key(0)
+    )
+    assert set(made) == {"feature_norm", "token_norm", "fuse", "layer", "norm"}
+    specs = drafter.param_specs(tiny_config, DRAFTER)
+    for spec, array in zip(jax.tree.leaves(specs), jax.tree.leaves(made), strict=True):
+        assert array.shape == spec.shape and array.dtype == jnp.float32
+    assert tiny_config.vocab_size not in {n for x in jax.tree.leaves(made) for n in x.shape}

@@ -1,0 +1,50 @@
+"""The cache of one layer: what a write changes, and what it leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import kv_cache
+
+_write = jax.jit(kv_cache.write)
+
+
+def _numbers(*shape):
+    return jnp.arange(1, 1 + np.prod(shape), dtype=jnp.float32).reshape(shape)
+
+
+def test_an_empty_cache_is_zeros():
+    cache = kv_cache.empty(2, 3, 5, 4, jnp.dtype("bfloat16"))
+    for x in (cache.k, cache.v):
+        assert x.shape == (2, 3, 5, 4) and x.dtype == jnp.bfloat16 and not np.any(x)
+
+
+def test_a_write_lands_at_each_rows_own_position():
+    cache = kv_cache.LayerCache(k=-_numbers(2, 1, 5, 2), v=-10 * _numbers(2, 1, 5, 2))
+    k = jnp.array([[1.0, 2], [3, 4], [5, 6], [7, 8]]).reshape(2, 2, 1, 2)
+    found = _write(cache, k, 10 * k, jnp.array([1, 3], jnp.int32))
+    by_hand = [
+        [[-1, -2], [1, 2], [3, 4], [-7, -8], [-9, -10]],
+        [[-11, -12], [-13, -14], [-15, -16], [5, 6], [7, 8]],  # up to the very end
+    ]
+    np.testing.assert_array_equal(found.k[:, 0], by_hand)
+    np.testing.assert_array_equal(found.v[:, 0], 10 * np.array(by_hand))
+
+
+def test_heads_stay_apart():
+    cache, k = kv_cache.empty(2, 3, 5, 4, jnp.dtype("float32")), _numbers(2, 2, 3, 4)
+    found = _write(cache, k, -k, jnp.array([0, 2], jnp.int32))
+    for row, start in ((0, 0), (1, 2)):
+        for head in range(3):
+            np.testing.assert_array_equal(found.k[row, head, start : start + 2], k[row, :, head])
+            np.testing.assert_array_equal(found.v[row, head, start : start + 2], -k[row, :, head])
+    assert np.count_nonzero(found.k) == k.size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_write_keeps_the_caches_dtype(dtype):
+    cache, k = kv_cache.empty(1, 1, 3, 2, jnp.dtype(dtype)), jnp.full((1, 1, 1, 2), 1.0009765625)
+    found = _write(cache, k, k, jnp.array([1], jnp.int32))
+    assert found.k.dtype == found.v.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(found.k[0, 0, 1], k[0, 0, 0].astype(dtype))

@@ -1,0 +1,278 @@
+"""Drafter training: the loss by a naive loop, its mask, sums over slices, and the update."""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tlt_jax import buffer as buffer_lib
+from tlt_jax import drafter, policy, sharding, spot_training
+from tlt_jax.buffer import Microbatch
+from tlt_jax.config import DrafterConfig, MeshConfig
+from tlt_jax.spot_training import GradientSum
+
+CONFIG = DrafterConfig(
+    ffn_width=20, learning_rate=1e-2, buffer_rows=3, row_length=8, microbatch_rows=2
+)
+W, D = CONFIG.row_length, 16
+SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
+
+_loss_sum = jax.jit(spot_training.loss_sum, static_argnames=("policy_config", "config"))
+_add = jax.jit(spot_training.add_microbatch, static_argnames=("policy_config", "config"))
+_accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
+_apply = jax.jit(spot_training.apply, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def target(tiny_config, random_params):
+    return random_params(policy.param_specs(tiny_config), 0)
+
+
+@pytest.fixture(scope="module")
+def params(tiny_config, random_params):
+    return random_params(drafter.param_specs(tiny_config, CONFIG), 1)
+
+
+@pytest.fixture(scope="module")
+def microbatch():
+    rng = np.random.default_rng(2)
+    return Microbatch(
+        tokens=jnp.asarray(rng.integers(0, 11, (2, W)), jnp.int32),
+        features=jnp.asarray(rng.standard_normal((2, W, D)), jnp.float32),
+        segment_ids=jnp.asarray(SEGMENTS),
+        positions=jnp.asarray(POSITIONS),
+    )
+
+
+@pytest.fixture(scope="module")
+def sequences(target, tiny_config):
+    """Six sequences of eight tokens with the target's true features: [6, W] and [6, W, D]."""
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 11, (6, W)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32), (6, W))
+    packed = jax.jit(policy.packed_forward, static_argnames="config")
+    features, _ = packed(target, tiny_config, tokens, positions, jnp.zeros((6, W), jnp.int32))
+    return tokens, features
+
+
+def _filled(sequences, *lengths, first=0):
+    """A buffer that holds sequences from `first` on, cut to these lengths."""
+    tokens, features = (x[first : first + len(lengths)] for x in sequences)
+    empty = buffer_lib.empty(CONFIG.buffer_rows, W, D, jnp.dtype("float32"))
+    return buffer_lib.insert_many(empty, tokens, features, jnp.array(lengths, jnp.int32))
+
+
+def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch):
+    embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
+    estimates = drafter.packed_forward(
+        params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS
+    )
+    estimates, features, head = (
+        np.asarray(x, np.float64) for x in (estimates, microbatch.features, target["head"])
+    )
+    expected, count = 0.0, 0
+    for row, t in np.ndindex(2, W - 1):
+        if SEGMENTS[row, t] != SEGMENTS[row, t + 1]:
+            continue
+        estimate, truth = estimates[row, t], features[row, t + 1]
+        distance = np.abs(estimate - truth)
+        smooth = np.mean(np.where(distance < 1, distance**2 / 2, distance - 0.5))
+        probs = np.exp(truth @ head) / np.sum(np.exp(truth @ head))
+        cross = -probs @ (estimate @ head - np.log(np.sum(np.exp(estimate @ head))))
+        expected += cross + CONFIG.feature_loss_weight * smooth
+        count += 1
+    loss, weight = _loss_sum(params, target, tiny_config, CONFIG, microbatch)
+    assert count == 12 and float(weight) == 12
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_padding_and_the_step_between_segments_do_not_count(
+    params, target, tiny_config, microbatch
+):
+    """Fails when pairs are not masked, when attention crosses segments, or both."""
+    loss, weight = _loss_sum(params, target, tiny_config, CONFIG, microbatch)
+    garbage = microbatch.replace(
+        tokens=microbatch.tokens.at[0, 7].set(3),
+        features=microbatch.features.at[0, 7].set(50.0),
+    )
+    same, _ = _loss_sum(params, target, tiny_config, CONFIG, garbage)
+    np.testing.assert_array_equal(same, loss)
+
+    total, pairs = 0.0, 0.0
+    for row, first, last in ((0, 0, 3), (0, 3, 7), (1, 0, 8)):
+        alone = jax.tree.map(lambda x: jnp.zeros_like(x), microbatch)  # noqa: B023
+        alone = alone.replace(segment_ids=jnp.full_like(alone.segment_ids, -1))
+        count = last - first
+        cut = jax.tree.map(lambda x: x[row, first:last], microbatch)  # noqa: B023
+        alone = jax.tree.map(lambda x, new: x.at[0, :count].set(new), alone, cut)  # noqa: B023
+        part, number = _loss_sum(params, target, tiny_config, CONFIG, alone)
+        total, pairs = total + float(part), pairs + float(number)
+    assert pairs == float(weight) == 12
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+
+def test_the_target_gets_no_gradient_and_all_of_the_drafter_does(
+    params, target, tiny_config, microbatch
+):
+    gradients, target_gradients = jax.jit(
+        jax.grad(lambda *p: spot_training.loss_sum(*p, tiny_config, CONFIG, microbatch)[0], (0, 1))
+    )(params, target)
+    for leaf in jax.tree.leaves(target_gradients):
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def _zero(params):
+    return spot_training.zero_sum(params)
+
+
+def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequences):
+    """Slices take 3 and 1 microbatches; the sum is that of one slice that took all four."""
+    mesh = sharding.make_mesh(MeshConfig(slices=2, tensor=1))
+    buffers = [_filled(sequences, 8, 5, 3), _filled(sequences, 6, 2, 7, first=3)]
+    counts, key = jnp.array([3, 1], jnp.int32), jax.random.key(5)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *buffers)
+
+    def on_slice(params, target, buffer, count):
+        own = spot_training.accumulate(
+            params,
+            target,
+            tiny_config,
+            CONFIG,
+            jax.tree.map(lambda x: x[0], buffer),
+            jax.random.fold_in(key, jax.lax.axis_index("slice")),
+            count[0],
+        )
+        return jax.lax.psum(own, "slice")
+
+    summed = jax.jit(
+        jax.shard_map(
+            on_slice,
+            mesh=mesh,
+            in_specs=(P(), P(), P("slice"), P("slice")),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )(params, target, stacked, counts)
+
+    one, slices = _zero(params), []
+    for index, buffer in enumerate(buffers):
+        own, own_key = _zero(params), jax.random.fold_in(key, index)
+        for number in range(int(counts[index])):
+            drawn = buffer_lib.sample(
+                buffer, jax.random.fold_in(own_key, number), rows=CONFIG.microbatch_rows
+            )
+            one = _add(one, params, target, tiny_config, CONFIG, drawn)
+            own = _add(own, params, target, tiny_config, CONFIG, drawn)
+        slices.append(own)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), summed, one)
+    assert float(summed.weight) == float(one.weight) > 0
+
+    # A mean of the slices' means is something else, so the test would see it.
+    means = [own.gradients["norm"] / own.weight for own in slices]
+    wrong, right = sum(means) / 2, one.gradients["norm"] / one.weight
+    assert np.max(np.abs(wrong - right)) > 1e-2
+
+
+def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
+    params, target, tiny_config, sequences
+):
+    state, key = spot_training.init_state(CONFIG, params), jax.random.key(0)
+    for buffer, count in ((_filled(sequences, 0, 0), 3), (_filled(sequences, 8), 0)):
+        total = _accumulate(params, target, tiny_config, CONFIG, buffer, key, jnp.int32(count))
+        jax.tree.map(np.testing.assert_array_equal, total, _zero(params))
+        jax.tree.map(np.testing.assert_array_equal, _apply(CONFIG, state, total), state)
+
+
+def test_segments_without_a_pair_leave_the_drafter_alone(params, target, tiny_config, sequences):
+    buffer = _filled(sequences, 1, 1, 1)
+    total = _accumulate(
+        params, target, tiny_config, CONFIG, buffer, jax.random.key(0), jnp.int32(3)
+    )
+    assert float(total.weight) == 0
+    state = spot_training.init_state(CONFIG, params)
+    jax.tree.map(np.testing.assert_array_equal, _apply(CONFIG, state, total), state)
+
+
+def test_microbatches_vary_with_the_key_and_their_number(params, target, tiny_config, sequences):
+    buffer = _filled(sequences, 8, 7, 6)
+    losses = {
+        float(
+            _accumulate(
+                params, target, tiny_config, CONFIG, buffer, jax.random.key(seed), jnp.int32(count)
+            ).loss
+        )
+        for seed, count in ((0, 2), (1, 2), (0, 3))
+    }
+    assert len(losses) == 3
+
+
+def test_the_update_by_hand():
+    """Gradients 6, 8 over 2 pairs: mean 3, 4 of norm 5, clipped to 0.6, 0.8; AdamW starts at 0.
+
+    The first moment is then 0.1 times that, and the first step is the learning rate in each
+    coordinate against the gradient's sign, with the decay 0.5 * lr * parameter on top.
+    """
+    config = DrafterConfig(learning_rate=0.01, weight_decay=0.5, max_grad_norm=1.0)
+    state = spot_training.init_state(config, {"w": jnp.array([2.0, -4.0])})
+    assert int(state.version) == 0
+    total = GradientSum(
+        gradients={"w": jnp.array([6.0, 8.0])}, loss=jnp.float32(1), weight=jnp.float32(2)
+    )
+    after = spot_training.apply(config, state, total)
+    moments = optax.tree_utils.tree_get(after.opt_state, "mu")
+    np.testing.assert_allclose(moments["w"], [0.06, 0.08], rtol=1e-5)
+    np.testing.assert_allclose(after.params["w"], [2 - 0.01 - 0.01, -4 - 0.01 + 0.02], rtol=1e-5)
+    assert int(after.version) == 1
+    assert int(spot_training.apply(config, after, total).version) == 2
+
+
+def test_small_updates_add_up_in_bfloat16():
+    """Twenty steps of 0.001 move a gain of 1.0 by 0.02; 1.0 - 0.001 rounds back to 1.0."""
+    config = DrafterConfig(learning_rate=1e-3, max_grad_norm=10.0)
+    state = spot_training.init_state(config, {"norm": jnp.ones((2,), jnp.bfloat16)})
+    total = GradientSum(
+        gradients={"norm": jnp.ones((2,))}, loss=jnp.float32(1), weight=jnp.float32(1)
+    )
+    for _ in range(20):
+        state = _apply(config, state, total)
+    np.testing.assert_allclose(np.asarray(state.params["norm"], np.float32), 0.98, atol=0.006)
+
+
+def _digest(tree):
+    held = jax.device_get(jax.tree.leaves(tree))
+    return hashlib.sha256(b"".join(x.tobytes() for x in held)).hexdigest()
+
+
+def test_training_lowers_the_loss_and_touches_nothing_but_the_drafter(
+    params, target, tiny_config, sequences
+):
+    buffer = _filled(sequences, 8, 8, 8)
+    before = _digest(target)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(state, target):
+        def body(state, key):
+            total = spot_training.accumulate(
+                state.params, target, tiny_config, CONFIG, buffer, key, jnp.int32(1)
+            )
+            return spot_training.apply(CONFIG, state, total), total.loss / total.weight
+
+        return jax.lax.scan(body, state, jax.random.split(jax.random.key(0), 150))
+
+    start = jax.tree.map(jnp.copy, spot_training.init_state(CONFIG, params))
+    state, losses = train(start, target)
+    assert int(state.version) == 150
+    # The cross-entropy cannot fall below the target's own entropy; measure what lies above it.
+    logits = policy.logits(target, sequences[1][:3, 1:])
+    probs = jax.nn.softmax(logits, axis=-1)
+    floor = -float(jnp.mean(jnp.sum(probs * jnp.log(probs), axis=-1)))
+    first, last = (float(jnp.mean(x)) - floor for x in (losses[:10], losses[-10:]))
+    assert 0 <= last < 0.2 * first
+    assert _digest(target) == before
+    assert _digest(state.params) != _digest(params)

@@ -1,0 +1,119 @@
+"""The drafter's data buffer of one slice: finished sequences, packed into a ring of rows.
+
+A sequence goes to the current row if it fits, else to the next row, which is cleared first; so the
+oldest row is dropped first. A step's longest sequences end last, hence they are the newest entries
+when the next step begins: training in that step's early tail sees the long sequences of the step
+before (one-step-off sampling) although its own are not finished yet.
+
+Axes: R rows, W row length, D feature width, S sequence length, M microbatch rows.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tlt_jax.types import INVALID
+
+
+@struct.dataclass
+class DrafterBuffer:
+    """A frozen ring of packed rows."""
+
+    tokens: jax.Array  # [R, W] int32
+    features: jax.Array  # [R, W, D], target features
+    segment_ids: jax.Array  # [R, W] int32, INVALID where empty
+    positions: jax.Array  # [R, W] int32, restarting with each segment
+    row: jax.Array  # [] int32, the row being filled
+    used: jax.Array  # [] int32, tokens used of it
+    segments: jax.Array  # [] int32, segments ever inserted
+    filled: jax.Array  # [] int32, rows that hold anything
+
+
+@struct.dataclass
+class Microbatch:
+    """Packed rows to train on."""
+
+    tokens: jax.Array  # [M, W] int32
+    features: jax.Array  # [M, W, D]
+    segment_ids: jax.Array  # [M, W] int32
+    positions: jax.Array  # [M, W] int32
+
+
+def empty(rows: int, row_length: int, width: int, dtype: jnp.dtype) -> DrafterBuffer:
+    """A buffer that holds nothing."""
+    shape = (rows, row_length)
+    return DrafterBuffer(
+        tokens=jnp.zeros(shape, jnp.int32),
+        features=jnp.zeros((*shape, width), dtype),
+        segment_ids=jnp.full(shape, INVALID, jnp.int32),
+        positions=jnp.zeros(shape, jnp.int32),
+        row=jnp.int32(0),
+        used=jnp.int32(0),
+        segments=jnp.int32(0),
+        filled=jnp.int32(0),
+    )
+
+
+def insert(
+    buffer: DrafterBuffer, tokens: jax.Array, features: jax.Array, length: jax.Array
+) -> DrafterBuffer:
+    """Appends one sequence.
+
+    Args:
+      buffer: the ring.
+      tokens: [S] int32.
+      features: [S, D], h[0] .. h[length - 1] valid.
+      length: [] int32, tokens to store; 0 stores nothing. At most W.
+    """
+    rows, row_length = buffer.tokens.shape
+    fits = buffer.used + length <= row_length
+    row = jnp.where(fits, buffer.row, (buffer.row + 1) % rows)
+    start = jnp.where(fits, buffer.used, 0)
+    index = jnp.arange(row_length) - start  # [W], place in the new segment
+    here = (index >= 0) & (index < length)
+    source = jnp.clip(index, 0, tokens.shape[0] - 1)
+    kept_segments = jnp.where(fits, buffer.segment_ids[row], INVALID)
+
+    def put(whole: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        chosen = jnp.where(here.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+        return jax.lax.dynamic_update_index_in_dim(whole, chosen.astype(whole.dtype), row, 0)
+
+    return DrafterBuffer(
+        tokens=put(buffer.tokens, tokens[source], buffer.tokens[row]),
+        features=put(buffer.features, features[source], buffer.features[row]),
+        segment_ids=put(
+            buffer.segment_ids, jnp.full((row_length,), buffer.segments), kept_segments
+        ),
+        positions=put(buffer.positions, index, buffer.positions[row]),
+        row=row,
+        used=start + length,
+        segments=buffer.segments + (length > 0),
+        filled=jnp.where(length > 0, jnp.maximum(buffer.filled, row + 1), buffer.filled),
+    )
+
+
+def insert_many(
+    buffer: DrafterBuffer, tokens: jax.Array, features: jax.Array, lengths: jax.Array
+) -> DrafterBuffer:
+    """Appends rows in order: tokens [B, S], features [B, S, D], lengths [B] (0 is skipped)."""
+
+    def body(index: jax.Array, ring: DrafterBuffer) -> DrafterBuffer:
+        return jax.lax.cond(
+            lengths[index] > 0,
+            lambda r: insert(r, tokens[index], features[index], lengths[index]),
+            lambda r: r,
+            ring,
+        )
+
+    return jax.lax.fori_loop(0, lengths.shape[0], body, buffer)
+
+
+def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int) -> Microbatch:
+    """Draws `rows` filled rows with replacement; the buffer must hold something."""
+    chosen = jax.random.randint(key, (rows,), 0, jnp.maximum(buffer.filled, 1))
+    return Microbatch(
+        tokens=buffer.tokens[chosen],
+        features=buffer.features[chosen],
+        segment_ids=buffer.segment_ids[chosen],
+        positions=buffer.positions[chosen],
+    )

@@ -1,0 +1,62 @@
+"""How long a drafter microbatch takes, measured once per run for the reports.
+
+Nothing is decided from it: an idle slice's microbatches are priced in rounds, by configuration.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax import sharding
+from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.chunk import ChunkKind
+from tlt_jax.programs import RolloutPrograms
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.types import INVALID
+
+MICROBATCHES = 4
+REPEATS = 3
+
+
+def microbatch_seconds(
+    programs: RolloutPrograms, target: Any, state: DrafterState, buffer: DrafterBuffer
+) -> float:
+    """Seconds per microbatch when every slice trains at once: (t[4] - t[0]) / 4, median of 3.
+
+    The chunk program itself is timed, with rows that have all ended; results are thrown away and
+    the arguments stay as they are.
+    """
+    config = programs.rollout
+    count = programs.slices * programs.first_rows
+    batch = (
+        np.zeros((count, config.max_prompt_length), np.int32),
+        np.ones(count, np.int32),
+        np.full(count, config.max_prompt_length, np.int32),
+        np.full(count, INVALID, np.int32),
+    )
+    rows = programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
+    for bucket in config.row_buckets:
+        if bucket < programs.first_rows:
+            rows = programs.shrink(rows, bucket)
+    sampler = programs.sampler(jax.random.key(0), (0,))
+    kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // programs.slices), training=True)
+    buffer = buffer.replace(filled=jnp.ones_like(buffer.filled))
+
+    def timed(microbatches: int) -> float:
+        orders = programs.orders(
+            rounds=microbatches * programs.drafter.rounds_per_microbatch, index=0
+        )
+        given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
+        jax.block_until_ready(given)
+        start = time.monotonic()
+        jax.block_until_ready(
+            programs.chunk(kind, target, given[0], given[1], sampler, orders, given[2])
+        )
+        return time.monotonic() - start
+
+    timed(MICROBATCHES)
+    pairs = [(timed(MICROBATCHES), timed(0)) for _ in range(REPEATS)]
+    return max(float(np.median([full - empty for full, empty in pairs])) / MICROBATCHES, 0.0)

@@ -1,0 +1,88 @@
+"""What all command lines share: flags, the config file, devices, the workdir, one-line errors."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from tlt_jax import config as config_lib
+from tlt_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an optional variant: configs/quickstart.py:tiny."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and plots go.")
+
+
+def start(argv: list[str]) -> tuple[config_lib.RunConfig, pathlib.Path]:
+    """Validated config and a writable workdir; also sets up the devices the config asks for.
+
+    Raises:
+      UserError: a stray argument, a missing flag, a bad config, or a workdir that cannot be used.
+    """
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument '{argv[1]}'; flags look like --config.seed=1.")
+    if CONFIG.value is None:
+        raise UserError("--config is missing; for example --config=configs/quickstart.py.")
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing; for example --workdir=runs/quickstart.")
+    config = parse(CONFIG.value)
+    set_up_devices(config)
+    return config, usable_workdir(WORKDIR.value)
+
+
+def parse(values: config_dict.ConfigDict) -> config_lib.RunConfig:
+    """The validated frozen config of a `ConfigDict`."""
+    plain = config_dict.FrozenConfigDict(values).as_configdict().to_dict()
+    return config_lib.validate(config_lib.from_mapping(config_lib.RunConfig, plain))
+
+
+def set_up_devices(config: config_lib.RunConfig) -> None:
+    """On CPU, makes one host device per mesh position; must run before JAX starts its backend.
+
+    With `config.mesh.one_core_per_slice`, XLA runs each device's matmuls on one thread, so that
+    slices are comparable and an idle slice does not lend its core to its neighbour.
+    """
+    if jax.config.jax_platforms not in (None, "", "cpu"):
+        return
+    jax.config.update("jax_num_cpu_devices", config.mesh.slices * config.mesh.tensor)
+    if config.mesh.one_core_per_slice:
+        set_flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{set_flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+def usable_workdir(path: str) -> pathlib.Path:
+    """Makes the workdir if it is missing.
+
+    Raises:
+      UserError: it is not a folder, or cannot be made or written.
+    """
+    workdir = pathlib.Path(path).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be made ({error.strerror}); give a folder you may write."
+        ) from error
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} is not writable; give a folder you may write.")
+    return workdir
+
+
+def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Turns a `UserError` into one sentence on stderr and exit status 2."""
+
+    def run(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return run

@@ -1,0 +1,374 @@
+"""Frozen dataclasses that configure a run, and the checks that need no device.
+
+A `ConfigDict` from the command line becomes a `RunConfig` through `from_mapping`; nothing below
+the command lines sees a `ConfigDict`. Lengths are tokens, widths are array sizes.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from tlt_jax.types import Strategy, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3 frequency scaling; `factor` 1 leaves RoPE as it is."""
+
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Shape of the decoder: Qwen2/2.5 (`qkv_bias`), Qwen3 (`qk_norm`) or Llama 3 (`rope_scaling`)."""
+
+    vocab_size: int = 64
+    num_layers: int = 16
+    width: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    ffn_width: int = 384
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    attention_backend: str = "reference"
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Mesh axes. `one_core_per_slice` gives every CPU device a single XLA thread."""
+
+    slices: int = 2
+    tensor: int = 1
+    one_core_per_slice: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which prompts; `mix` is a difficulty mix of the task, `data_dir` where TFDS keeps it."""
+
+    name: str = "pairs"
+    mix: str = "mixed"
+    data_dir: str = "~/.cache/tlt_jax/data"
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
+
+    `row_buckets` are rows per slice, falling; `depths` gives the draft depth in each of them
+    (0 is plain decoding). A sequence gains at most `chunk_tokens` tokens in a chunk, so a chunk of
+    draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
+    """
+
+    prompts_per_step: int = 4
+    group_size: int = 8
+    max_prompt_length: int = 24
+    max_response_length: int = 424
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    speculate: bool = True
+    row_buckets: tuple[int, ...] = (16, 8, 4, 2, 1)
+    depths: tuple[int, ...] = (2, 2, 4, 4, 4)
+    length_buckets: tuple[int, ...] = (128, 256, 512)
+    chunk_tokens: int = 64
+
+    @property
+    def num_sequences(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, prompt and response together."""
+        return self.max_prompt_length + self.max_response_length
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k or top-p filtering is part of the programs."""
+        return self.top_k > 0 or self.top_p < 1.0
+
+    def strategy(self, rows: int) -> Strategy:
+        """Strategy of the bucket of `rows` rows per slice."""
+        if not self.speculate:
+            return Strategy(0)
+        return Strategy(self.depths[self.row_buckets.index(rows)])
+
+    def rounds(self, strategy: Strategy) -> int:
+        """Most rounds of a chunk."""
+        return self.chunk_tokens // strategy.verify_tokens
+
+    @property
+    def slack(self) -> int:
+        """Cache positions that a round may write beyond the longest sequence."""
+        return max(self.depths) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """The drafter, its data buffer and its training on idle slices.
+
+    `rounds_per_microbatch` is the price of a microbatch: an idle slice takes one for that many
+    rounds it does not have to run. It is a constant, not a clock reading, so that a run repeated
+    from the same seed gives the same bits. `between_steps_budget` applies with one slice, which
+    is never idle: the share of a step's rounds spent on training after the rollout.
+    """
+
+    ffn_width: int = 256
+    train: bool = True
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    feature_loss_weight: float = 0.5
+    buffer_rows: int = 16
+    row_length: int = 512
+    microbatch_rows: int = 1
+    rounds_per_microbatch: int = 8
+    between_steps_budget: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """GRPO (DeepSeekMath, arXiv 2402.03300) and AdamW."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    decay: str = "constant"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.001
+    aggregation: str = "token"
+    normalize_advantages: bool = True
+    importance_cap: float = 0.0
+    updates_per_step: int = 1
+    row_length: int = 512
+    microbatch_rows: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps, the newest `keep` kept."""
+
+    every: int = 20
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised warm start of the policy and the drafter (`python -m tlt_jax.warm_start`)."""
+
+    policy_steps: int = 1500
+    drafter_steps: int = 200
+    batch_rows: int = 8
+    row_length: int = 512
+    learning_rate: float = 2e-3
+    drafter_learning_rate: float = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a command line needs; `warm_start_dir` "" starts from random parameters."""
+
+    seed: int = 0
+    num_steps: int = 100
+    warm_start_dir: str = ""
+    policy: PolicyConfig = PolicyConfig()
+    mesh: MeshConfig = MeshConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Sentence part naming the known word nearest to a misspelt one."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}."
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], *, where: str = "config") -> Any:
+    """Builds the frozen dataclass `cls` from nested mappings.
+
+    Raises:
+      UserError: an unknown key (the nearest known one is named), an unset placeholder, or a
+        value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"unknown key '{where}.{key}': {nearest(key, hints)}")
+    arguments = {
+        key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()
+    }
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {value!r}; it must be a group of keys.")
+        return from_mapping(typing.cast(type, hint), value, where=where)
+    if value is None:
+        raise UserError(f"{where} has no value; set it with --{where}=VALUE.")
+    if isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
+        if isinstance(value, str) or not isinstance(value, typing.Iterable):
+            raise UserError(f"{where} is {value!r}; it must be a tuple, for example (8, 4, 1).")
+        return tuple(_convert(hint.__args__[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where} is {value!r}; it must be of type {hint.__name__}.")
+    return value
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Returns `config` if its parts fit together; compiles nothing.
+
+    Raises:
+      UserError: the first impossible combination found.
+    """
+    _validate_policy(config.policy, config.mesh)
+    _validate_rollout(config.rollout, config.mesh)
+    _validate_training(config)
+    return config
+
+
+def _validate_policy(policy: PolicyConfig, mesh: MeshConfig) -> None:
+    for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ffn_width"):
+        value = getattr(policy, name)
+        _require(value > 0, f"config.policy.{name} is {value}; it must be at least 1.")
+    _require(
+        policy.num_heads % policy.num_kv_heads == 0,
+        f"config.policy.num_heads={policy.num_heads} must be a multiple of "
+        f"config.policy.num_kv_heads={policy.num_kv_heads}.",
+    )
+    _require(policy.head_size % 2 == 0, "config.policy.head_size must be even (RoPE pairs).")
+    _require(
+        policy.dtype in ("float32", "bfloat16"),
+        f"config.policy.dtype is '{policy.dtype}'; it must be 'float32' or 'bfloat16'.",
+    )
+    for axis in ("slices", "tensor"):
+        size = getattr(mesh, axis)
+        _require(size >= 1, f"config.mesh.{axis} is {size}; it must be at least 1.")
+    for name in ("num_kv_heads", "ffn_width", "vocab_size"):
+        _require(
+            getattr(policy, name) % mesh.tensor == 0,
+            f"config.policy.{name}={getattr(policy, name)} must be a multiple of "
+            f"config.mesh.tensor={mesh.tensor}, the axis it is sharded over.",
+        )
+    _require(
+        policy.width % mesh.slices == 0,
+        f"config.policy.width={policy.width} must be a multiple of config.mesh.slices="
+        f"{mesh.slices}: training shards parameters over both axes.",
+    )
+
+
+def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
+    _require(
+        rollout.num_sequences % mesh.slices == 0,
+        f"config.rollout has {rollout.prompts_per_step} x {rollout.group_size} = "
+        f"{rollout.num_sequences} slots; they must be a multiple of config.mesh.slices="
+        f"{mesh.slices}.",
+    )
+    _require(rollout.group_size >= 2, "config.rollout.group_size must be at least 2 (GRPO groups).")
+    rows = rollout.num_sequences // mesh.slices
+    buckets = rollout.row_buckets
+    _require(
+        list(buckets) == sorted(set(buckets), reverse=True) and bool(buckets) and buckets[-1] >= 1,
+        f"config.rollout.row_buckets is {buckets}; it must fall strictly and end at 1 or more.",
+    )
+    _require(
+        buckets[0] >= rows,
+        f"config.rollout.row_buckets starts at {buckets[0]} rows per slice, but "
+        f"{rollout.num_sequences} sequences on {mesh.slices} slices need {rows}.",
+    )
+    _require(
+        len(rollout.depths) == len(buckets) and min(rollout.depths) >= 0,
+        f"config.rollout.depths is {rollout.depths}; it must hold one depth of 0 or more for each "
+        f"of the {len(buckets)} row buckets.",
+    )
+    lengths = rollout.length_buckets
+    slack = rollout.slack
+    _require(
+        bool(lengths) and list(lengths) == sorted(set(lengths)),
+        f"config.rollout.length_buckets is {lengths}; it must rise strictly.",
+    )
+    _require(
+        lengths[-1] >= rollout.max_length + slack,
+        f"config.rollout.length_buckets ends at {lengths[-1]} tokens; prompt and response "
+        f"({rollout.max_length}) and the drafts beyond them need {rollout.max_length + slack}.",
+    )
+    _require(
+        lengths[0] >= rollout.max_prompt_length + 2 * slack,
+        f"config.rollout.length_buckets starts at {lengths[0]} tokens, which leaves a prompt of "
+        f"{rollout.max_prompt_length} no room to grow.",
+    )
+    _require(rollout.temperature >= 0, "config.rollout.temperature must be 0 (greedy) or more.")
+    _require(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}; use (0, 1].")
+    _require(rollout.top_k >= 0, "config.rollout.top_k must be 0 (off) or more.")
+    _require(
+        rollout.chunk_tokens >= slack,
+        f"config.rollout.chunk_tokens is {rollout.chunk_tokens}; one round of the deepest strategy "
+        f"needs {slack}.",
+    )
+
+
+def _validate_training(config: RunConfig) -> None:
+    learner, drafter = config.learner, config.drafter
+    longest = config.rollout.max_length
+    for where, length in (("learner", learner.row_length), ("drafter", drafter.row_length)):
+        _require(
+            length >= longest,
+            f"config.{where}.row_length={length} must hold the longest sequence, {longest} tokens.",
+        )
+    _require(
+        learner.microbatch_rows % config.mesh.slices == 0,
+        f"config.learner.microbatch_rows={learner.microbatch_rows} must be a multiple of "
+        f"config.mesh.slices={config.mesh.slices}.",
+    )
+    _require(
+        learner.aggregation in ("token", "sequence"),
+        f"config.learner.aggregation is '{learner.aggregation}'; use 'token' or 'sequence'.",
+    )
+    _require(
+        learner.decay in ("constant", "cosine", "linear"),
+        f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
+    )
+    _require(
+        config.rollout.temperature > 0,
+        "config.rollout.temperature is 0, which gives every group equal responses; "
+        "RL training needs it above 0.",
+    ) if config.num_steps > 0 else None
+    for name in ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "ffn_width"):
+        value = getattr(drafter, name)
+        _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
+    _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")
+    _require(config.checkpoint.keep >= 1, "config.checkpoint.keep must be at least 1.")

@@ -1,0 +1,147 @@
+"""The drafter: one EAGLE layer (arXiv 2401.15077) on the target's features.
+
+The target's feature h[t] is its final hidden state after token x[t]; it predicts x[t + 1]. The
+drafter reads pair t = (h[t], embedding of x[t + 1]) and gives an estimate of h[t + 1], which the
+target's own head turns into a guess at x[t + 2]:
+
+    pair        0          1          2
+    feature     h0         h1         h2
+    token       x1         x2         x3
+    output      ~h1        ~h2        ~h3
+    guesses     x2         x3         x4
+
+`training_pairs` is the one place where pairs are made for training; at inference the same rule is
+applied to the feature buffer (`speculation`). Embedding and head belong to the target and come in
+as read-only arguments: the drafter's own tree holds neither. Axes as in `policy`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tlt_jax import attention, kv_cache, policy
+from tlt_jax.config import DrafterConfig, PolicyConfig
+from tlt_jax.kv_cache import LayerCache
+from tlt_jax.sharding import ParamSpec, tree_init
+from tlt_jax.types import INVALID
+
+Params = Any
+
+
+@struct.dataclass
+class Pairs:
+    """Drafter inputs and targets of packed rows, T = row length."""
+
+    features: jax.Array  # [B, T, D], h[t]
+    next_tokens: jax.Array  # [B, T] int32, x[t + 1]
+    target_features: jax.Array  # [B, T, D], h[t + 1]
+    weights: jax.Array  # [B, T] float32, 1 where pair t and its target lie in one segment
+
+
+def param_specs(config: PolicyConfig, drafter: DrafterConfig) -> Params:
+    """Declares the drafter's own parameters."""
+    width = config.width
+    return {
+        "feature_norm": ParamSpec((width,), ("width",), None),
+        "token_norm": ParamSpec((width,), ("width",), None),
+        "fuse": ParamSpec((2, width, width), (None, None, "width"), (2 * width) ** -0.5),
+        "layer": policy.layer_specs(config, drafter.ffn_width, 1),
+        "norm": ParamSpec((width,), ("width",), None),
+    }
+
+
+def init(config: PolicyConfig, drafter: DrafterConfig, key: jax.Array) -> Params:
+    """Random drafter parameters in the policy's dtype."""
+    return tree_init(param_specs(config, drafter), key, jnp.dtype(config.dtype))
+
+
+def empty_cache(config: PolicyConfig, rows: int, length: int) -> LayerCache:
+    """The drafter's cache: slot t holds pair t."""
+    dtype = jnp.dtype(config.dtype)
+    return kv_cache.empty(rows, config.num_kv_heads, length, config.head_size, dtype)
+
+
+def _fuse(
+    params: Params, config: PolicyConfig, features: jax.Array, embedded: jax.Array
+) -> jax.Array:
+    """Drafter input [B, T, D] from features and next-token embeddings, both [B, T, D]."""
+    feature_part = policy.rms_norm(features, params["feature_norm"], config.norm_eps)
+    token_part = policy.rms_norm(embedded, params["token_norm"], config.norm_eps)
+    return feature_part @ params["fuse"][0] + token_part @ params["fuse"][1]
+
+
+def decode(
+    params: Params,
+    config: PolicyConfig,
+    features: jax.Array,
+    embedded: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Feeds T pairs per row against the drafter's cache.
+
+    Args:
+      params: drafter parameters.
+      config: the policy's shape.
+      features: h[t] of each pair, [B, T, D].
+      embedded: target embedding of x[t + 1], [B, T, D].
+      cache: the drafter's cache.
+      lengths: index of the first pair, [B] int32; pairs go to slots `lengths + 0 .. T - 1`.
+
+    Returns:
+      Estimated features ~h[t + 1], [B, T, D], and the written cache.
+    """
+    positions = lengths[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+    written = []
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mixed, new = attention.cached(
+            q, k, v, cache, lengths, backend=config.attention_backend
+        )
+        written.append(new)
+        return mixed
+
+    x = _fuse(params, config, features, embedded)
+    x = policy.layer(params["layer"], config, x, policy.rotation_of(config, positions), attend)
+    return policy.rms_norm(x, params["norm"], config.norm_eps), written[0]
+
+
+def training_pairs(tokens: jax.Array, features: jax.Array, segment_ids: jax.Array) -> Pairs:
+    """Pairs of packed rows: tokens [B, T], features [B, T, D], segment ids [B, T].
+
+    Pair t is used where t + 1 lies in the same segment, and its target feature exists there. The
+    last token of a finished sequence was never fed to the target, so its feature is missing; the
+    buffer leaves that token out of the segment.
+    """
+
+    def after(x: jax.Array, fill: float) -> jax.Array:
+        return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
+
+    following = after(segment_ids, INVALID)
+    return Pairs(
+        features=features,
+        next_tokens=after(tokens, 0),
+        target_features=after(features, 0),
+        weights=((following == segment_ids) & (segment_ids != INVALID)).astype(jnp.float32),
+    )
+
+
+def packed_forward(
+    params: Params,
+    config: PolicyConfig,
+    features: jax.Array,
+    embedded: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """Estimated features ~h[t + 1], [B, T, D], for packed rows; attention stays in segments."""
+    mask = attention.packed_mask(segment_ids)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.packed(q, k, v, mask)
+
+    x = _fuse(params, config, features, embedded)
+    x = policy.layer(params["layer"], config, x, policy.rotation_of(config, positions), attend)
+    return policy.rms_norm(x, params["norm"], config.norm_eps)

@@ -1,0 +1,42 @@
+"""Key/value cache of one attention layer, updated in place by loops that carry it.
+
+Axes: B rows, K kv heads, S cache length, H head size, T new tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys and values of one layer."""
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+
+
+def empty(rows: int, kv_heads: int, length: int, head_size: int, dtype: jnp.dtype) -> LayerCache:
+    """A cache of zeros, [B, K, S, H] for keys and for values."""
+    shape = (rows, kv_heads, length, head_size)
+    return LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> LayerCache:
+    """Writes T tokens of every row from its own position on.
+
+    Args:
+      cache: the layer's cache.
+      k: keys [B, T, K, H].
+      v: values [B, T, K, H].
+      starts: first cache position per row, [B] int32; `starts + T` must not pass S, because a
+        dynamic update that does not fit is shifted left by XLA and would overwrite history.
+    """
+
+    def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (0, start, 0))
+
+    place = jax.vmap(put)
+    return LayerCache(
+        k=place(cache.k, k.swapaxes(1, 2), starts), v=place(cache.v, v.swapaxes(1, 2), starts)
+    )

@@ -1,0 +1,188 @@
+"""Which programs a rollout uses, launched from one pool and compiled before the first step.
+
+A program is keyed by what changes its shapes or its code: strategy, whether idle slices train,
+rows per slice and cache length.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tlt_jax import chunk, sampling, sharding
+from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
+from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
+from tlt_jax.program_pool import ProgramPool
+from tlt_jax.speculation import RolloutState, Sampler
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.types import Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPrograms:
+    """The programs of one configuration.
+
+    `drafting` keeps a drafter and the target's features; without it decoding is plain and caches
+    hold nothing more than plain decoding needs. `training` lets idle slices train the drafter.
+    """
+
+    mesh: Mesh
+    policy: PolicyConfig
+    rollout: RolloutConfig
+    drafter: DrafterConfig
+    drafting: bool
+    training: bool
+    pool: ProgramPool = dataclasses.field(default_factory=ProgramPool)
+
+    @property
+    def slices(self) -> int:
+        return self.mesh.shape[sharding.SLICE]
+
+    @property
+    def first_rows(self) -> int:
+        """Row bucket that a rollout starts in."""
+        per_slice = -(-self.rollout.num_sequences // self.slices)
+        return min(bucket for bucket in self.rollout.row_buckets if bucket >= per_slice)
+
+    def strategy(self, rows: int) -> Strategy:
+        """Strategy of the bucket of `rows` rows per slice."""
+        return self.rollout.strategy(rows) if self.drafting else Strategy(0)
+
+    def sampler(self, key: jax.Array, stop_tokens: tuple[int, ...]) -> Sampler:
+        """A step's sampler: key, temperature, filters and stop tokens as device data."""
+        config = self.rollout
+        made = Sampler(
+            key=key,
+            params=sampling.make_params(
+                config.temperature, config.top_k, config.top_p, filtered=config.filtered
+            ),
+            stop_tokens=np.asarray(stop_tokens, np.int32),
+        )
+        return jax.device_put(made, sharding.replicated(self.mesh))
+
+    def orders(self, *, rounds: int, index: int) -> ChunkOrders:
+        """One chunk's orders as device data."""
+        made = ChunkOrders(rounds=np.int32(rounds), index=np.int32(index))
+        return jax.device_put(made, sharding.replicated(self.mesh))
+
+    def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
+        """Rows of a new batch; see `chunk.prefill_program` for the arguments."""
+        return self._prefill(target, batch)(target, *batch)
+
+    def chunk(
+        self,
+        kind: ChunkKind,
+        target: Any,
+        drafter_state: DrafterState | None,
+        buffer: DrafterBuffer | None,
+        sampler: Sampler,
+        orders: ChunkOrders,
+        rows: RolloutState,
+    ) -> tuple[DrafterState | None, DrafterBuffer | None, RolloutState, ChunkReport]:
+        """Runs a chunk; see `chunk.chunk_program`. Drafter state, buffer and rows are donated."""
+        arguments = (target, drafter_state, buffer, sampler, orders, rows)
+        return self._chunk(kind, arguments)(*arguments)
+
+    def shrink(self, rows: RolloutState, bucket: int) -> RolloutState:
+        """Keeps `bucket` rows per slice, the live ones first."""
+        return self._shrink(rows, bucket)(rows)
+
+    def grow(self, rows: RolloutState) -> RolloutState:
+        """Lengthens caches to the next length bucket."""
+        return self._grow(rows)(rows)
+
+    def warm_up(
+        self,
+        target: Any,
+        drafter_state: DrafterState | None,
+        buffer: DrafterBuffer | None,
+        *,
+        extra: Sequence[Callable[[], Any]] = (),
+    ) -> None:
+        """Compiles every program that a rollout of this configuration can need, and `extra`."""
+        sampler = self.sampler(jax.random.key(0), (0,))
+        orders = self.orders(rounds=0, index=0)
+        buckets = [rows for rows in self.rollout.row_buckets if rows <= self.first_rows]
+        jobs: list[Callable[[], Any]] = list(extra)
+        for length in self.rollout.length_buckets:
+            for rows in buckets:
+                shapes = self._state_shapes(target, rows, length)
+                for kind in self._kinds(rows):
+                    arguments = (target, drafter_state, buffer, sampler, orders, shapes)
+                    jobs.append(lambda k=kind, a=arguments: self._chunk(k, a))
+                if length != self.rollout.length_buckets[-1]:
+                    jobs.append(lambda s=shapes: self._grow(s))
+                if rows != buckets[-1]:
+                    smaller = buckets[buckets.index(rows) + 1]
+                    jobs.append(lambda s=shapes, b=smaller: self._shrink(s, b))
+        batch = self._batch_shapes(self.first_rows)
+        jobs.append(lambda: self._prefill(target, batch))
+        self.pool.warm_up(jobs)
+
+    # Compiled programs by key. What the key leaves out is the same throughout a run.
+
+    def _kinds(self, rows: int) -> list[ChunkKind]:
+        trainings = (False, True) if self.training else (False,)
+        return [ChunkKind(self.strategy(rows), training=training) for training in trainings]
+
+    def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Any:
+        length = self.rollout.length_buckets[0]
+        return self.pool.get(
+            ("prefill", batch[0].shape, length),
+            lambda: self._prefill_jit(length),
+            (target, *batch),
+        )
+
+    def _prefill_jit(self, length: int) -> Any:
+        return chunk.prefill_program(
+            self.mesh, self.policy, length=length, keep_features=self.drafting
+        )
+
+    def _chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
+        return self.pool.get(
+            ("chunk", kind, arguments[-1].tokens.shape),
+            lambda: chunk.chunk_program(
+                self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
+            ),
+            arguments,
+        )
+
+    def _shrink(self, rows: Any, bucket: int) -> Any:
+        return self.pool.get(
+            ("shrink", rows.tokens.shape, bucket),
+            lambda: chunk.shrink_program(self.mesh, rows=bucket, keep_features=self.drafting),
+            (rows,),
+        )
+
+    def _grow(self, rows: Any) -> Any:
+        longer = next(b for b in self.rollout.length_buckets if b > rows.tokens.shape[1])
+        return self.pool.get(
+            ("grow", rows.tokens.shape, longer),
+            lambda: chunk.grow_program(self.mesh, length=longer, keep_features=self.drafting),
+            (rows,),
+        )
+
+    # Abstract arguments, to compile for shapes that no array has yet.
+
+    def _batch_shapes(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        count, split = self.slices * rows, sharding.per_slice(self.mesh)
+        prompt = jax.ShapeDtypeStruct(
+            (count, self.rollout.max_prompt_length), np.int32, sharding=split
+        )
+        number = jax.ShapeDtypeStruct((count,), np.int32, sharding=split)
+        return (prompt, number, number, number)
+
+    def _state_shapes(self, target: Any, rows: int, length: int) -> Any:
+        shapes = jax.eval_shape(self._prefill_jit(length), target, *self._batch_shapes(rows))
+        shardings = chunk.state_shardings(self.mesh, keep_features=self.drafting)
+        return jax.tree.map(
+            lambda held, inner: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held), inner
+            ),
+            shardings,
+            shapes,
+        )

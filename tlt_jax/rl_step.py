@@ -1,0 +1,255 @@
+"""One RL step.
+
+    prompts -> rollout (idle slices train the drafter; rewards on host threads while it runs)
+            -> advantages -> policy update -> weights to the rollout layout
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tlt_jax import advantages, learner, metrics, packing, policy, rollout, sampling, sharding
+from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.config import RunConfig
+from tlt_jax.learner import LearnerState
+from tlt_jax.programs import RolloutPrograms
+from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """Everything that the next step depends on."""
+
+    steps_done: int
+    learner: LearnerState
+    reference: Any  # policy parameters, rollout layout
+    rollout_params: Any  # the policy's current parameters, rollout layout
+    drafter: DrafterState | None
+    buffer: DrafterBuffer | None
+    idle_credit: int = 0
+
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint holds besides plain numbers; rollout parameters are derived."""
+        return {
+            "learner": self.learner,
+            "reference": self.reference,
+            "drafter": self.drafter,
+            "buffer": self.buffer,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Machinery:
+    """What steps need and do not change."""
+
+    config: RunConfig
+    task: Task
+    prompts: Any  # grain dataset with random access
+    programs: RolloutPrograms
+    reshard: Any
+    microbatch_seconds: float
+    reward_threads: concurrent.futures.Executor
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return (self.task.tokenizer.eos_id,)
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        return learner.optimizer(self.config.learner, self.config.num_steps)
+
+    def step_key(self, step: int) -> jax.Array:
+        """Key of a step's rollout; noise further depends on sequence and position."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), step)
+
+    def step_prompts(self, step: int) -> list[dict[str, Any]]:
+        """A step's prompts, a function of seed and step alone."""
+        count = self.config.rollout.prompts_per_step
+        return [self.prompts[step * count + i] for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """A step's new state and what it has to tell."""
+
+    state: RunState
+    row: dict[str, Any]  # of metrics.jsonl
+    chunks: list[ChunkRecord]
+
+
+def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
+    """Takes one step; the learner's, drafter's and buffer's old arrays are donated."""
+    compiled = machinery.programs.pool.compiled
+    began = time.monotonic()
+    result, rewards, rollout_ended = roll_out(machinery, state)
+    rewarded = time.monotonic()
+    batch, count = make_batch(machinery.config, result.responses, rewards)
+    learner_state, update = run_update(machinery, state, batch, count)
+    learned = time.monotonic()
+    rollout_params = jax.block_until_ready(machinery.reshard(learner_state.params))
+    ended = time.monotonic()
+    seconds = {
+        "rollout": rollout_ended - began,
+        "reward_wait": rewarded - rollout_ended,
+        "learn": learned - rewarded,
+        "reshard": ended - learned,
+        "drafter": 0.0,
+        "other": 0.0,
+        "total": ended - began,
+    }
+    row = {
+        "step": state.steps_done,
+        **metrics.response_metrics(result.responses, rewards, machinery.stop_tokens),
+        **metrics.rollout_metrics(
+            result.chunks,
+            microbatch_seconds=machinery.microbatch_seconds,
+            rollout_seconds=seconds["rollout"],
+        ),
+        **_update_metrics(machinery, update, state.steps_done),
+        "seconds": seconds,
+        "compiles": machinery.programs.pool.compiled - compiled,
+    }
+    new_state = dataclasses.replace(
+        state,
+        steps_done=state.steps_done + 1,
+        learner=learner_state,
+        rollout_params=rollout_params,
+        drafter=result.drafter_state,
+        buffer=result.buffer,
+        idle_credit=result.idle_credit,
+    )
+    return StepOutcome(state=new_state, row=row, chunks=result.chunks)
+
+
+def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.ndarray, float]:
+    """Responses of the step's prompts and their rewards [sequences] float32.
+
+    Each response is rewarded on a host thread as soon as it has ended, while others go on. The
+    last number is the monotonic time at which the rollout itself had ended.
+    """
+    group = machinery.config.rollout.group_size
+    asked = [prompt for prompt in machinery.step_prompts(state.steps_done) for _ in range(group)]
+    waiting: dict[int, concurrent.futures.Future[float]] = {}
+
+    def reward(response: Response) -> None:
+        text = machinery.task.tokenizer.decode(response.response.tolist())
+        waiting[response.sequence] = machinery.reward_threads.submit(
+            machinery.task.reward_fn, asked[response.sequence]["prompt"], text
+        )
+
+    result = rollout.run(
+        machinery.programs,
+        state.rollout_params,
+        state.drafter,
+        state.buffer,
+        [prompt["prompt_ids"] for prompt in asked],
+        machinery.step_key(state.steps_done),
+        stop_tokens=machinery.stop_tokens,
+        idle_credit=state.idle_credit,
+        on_finished=reward,
+    )
+    ended = time.monotonic()
+    rewards = [waiting[sequence].result() for sequence in range(len(asked))]
+    return result, np.asarray(rewards, np.float32), ended
+
+
+def make_batch(
+    config: RunConfig, responses: list[Response], rewards: np.ndarray
+) -> tuple[packing.PackedBatch, int]:
+    """Packed microbatches of a step, padded to the most there can be, and how many there are."""
+    grouped = jnp.asarray(rewards).reshape(-1, config.rollout.group_size)
+    advantage = advantages.group_relative(
+        grouped, normalize=config.learner.normalize_advantages
+    )
+    packed = packing.pack(
+        [r.tokens for r in responses],
+        [r.prompt_length for r in responses],
+        [r.log_probs for r in responses],
+        np.asarray(advantage).reshape(-1).tolist(),
+        aggregation=config.learner.aggregation,
+        row_length=config.learner.row_length,
+        rows=config.learner.microbatch_rows,
+    )
+    return packing.pad_microbatches(packed, most_microbatches(config)), len(packed.tokens)
+
+
+def most_microbatches(config: RunConfig) -> int:
+    """Microbatches of the largest batch that a rollout can give."""
+    return packing.most_microbatches(
+        config.rollout.num_sequences,
+        config.rollout.max_length,
+        config.learner.row_length,
+        config.learner.microbatch_rows,
+    )
+
+
+def run_update(
+    machinery: Machinery, state: RunState, batch: packing.PackedBatch, count: int
+) -> tuple[LearnerState, learner.UpdateMetrics]:
+    """The policy update; returns once it is done."""
+    arguments = update_arguments(machinery, state, batch, count)
+    program = update_program(machinery, arguments)
+    new_state, update = program(*arguments)
+    return new_state, jax.tree.map(float, sharding.to_host(update))
+
+
+def update_arguments(
+    machinery: Machinery, state: RunState, batch: packing.PackedBatch, count: int
+) -> tuple[Any, ...]:
+    """Arguments of the update program, all on the mesh."""
+    config, mesh = machinery.config.rollout, machinery.programs.mesh
+    sampler = sampling.make_params(
+        config.temperature, config.top_k, config.top_p, filtered=config.filtered
+    )
+    whole = sharding.replicated(mesh)
+    return (
+        state.learner,
+        state.reference,
+        jax.device_put(sampler, whole),
+        jax.device_put(batch, learner.batch_sharding(mesh)),
+        jax.device_put(np.int32(count), whole),
+    )
+
+
+def update_program(machinery: Machinery, arguments: tuple[Any, ...]) -> Any:
+    """The compiled policy update, from the same pool as the rollout's programs."""
+    programs = machinery.programs
+    return programs.pool.get(
+        "update",
+        lambda: learner.update_program(
+            programs.mesh, programs.policy, machinery.config.learner, machinery.tx
+        ),
+        arguments,
+    )
+
+
+def rollout_layout(mesh: jax.sharding.Mesh, config: RunConfig) -> Any:
+    """The jitted program that copies policy parameters into the rollout layout."""
+    specs = policy.param_specs(config.policy)
+    return sharding.resharder(
+        sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES)
+    )
+
+
+def _update_metrics(
+    machinery: Machinery, update: learner.UpdateMetrics, step: int
+) -> dict[str, float]:
+    config = machinery.config
+    count = step * config.learner.updates_per_step
+    return {
+        "policy_loss": update.loss,
+        "kl": update.kl,
+        "clip_share": update.clip_share,
+        "grad_norm": update.grad_norm,
+        "learning_rate": float(learner.schedule(config.learner, config.num_steps)(count)),
+        "logprob_gap_mean": update.logprob_gap_mean,
+        "logprob_gap_max": update.logprob_gap_max,
+    }

@@ -1,0 +1,293 @@
+"""The rollout engine: the host side of generating one batch of responses.
+
+Chunk after chunk it looks at a few numbers, picks rows and length buckets, strategy, rounds and
+whether idle slices train, and launches one compiled program. Everything it decides follows from
+token counts, never from a clock, so all processes decide alike and a run can be repeated.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlt_jax import sharding
+from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.chunk import ChunkKind, ChunkReport
+from tlt_jax.programs import RolloutPrograms
+from tlt_jax.speculation import RolloutState, Sampler
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.types import INVALID, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A finished sequence."""
+
+    sequence: int  # index in the step's batch
+    tokens: np.ndarray  # [length] int32, prompt included
+    log_probs: np.ndarray  # [length] float32, behaviour log-probabilities; 0 on the prompt
+    prompt_length: int
+
+    @property
+    def response(self) -> np.ndarray:
+        """The response's tokens, stop token included."""
+        return self.tokens[self.prompt_length :]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRecord:
+    """What was decided for a chunk and what came of it; lists have one entry per slice."""
+
+    chunk: int
+    start: float  # seconds since the rollout began
+    seconds: float
+    strategy: str
+    rows: int  # per slice
+    length: int
+    rounds: int  # asked for
+    rounds_run: list[int]
+    live: list[int]  # at the start
+    roles: list[str]
+    microbatches: list[int]
+    committed: list[int]  # tokens
+    row_rounds: list[int]  # live rows summed over rounds
+    accepted: list[int]  # by draft position, all slices
+    draft_loss: float | None
+    drafter_version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutResult:
+    """A rollout that ended. Drafter state and buffer are those to go on with."""
+
+    responses: list[Response]  # by sequence
+    drafter_state: DrafterState | None
+    buffer: DrafterBuffer | None
+    chunks: list[ChunkRecord]
+    idle_credit: int  # percent rounds saved up for training between steps
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A rollout under way, on the host's side."""
+
+    target: Any
+    prompt_lengths: list[int]  # by sequence
+    sampler: Sampler
+    rows: RolloutState
+    live: np.ndarray  # [slices * rows] bool
+    longest: int
+    drafter_state: DrafterState | None
+    buffer: DrafterBuffer | None
+    began: float  # monotonic seconds
+    chunks: list[ChunkRecord]
+
+    def live_by_slice(self, slices: int) -> np.ndarray:
+        return self.live.reshape(slices, -1).sum(axis=1)
+
+
+def run(
+    programs: RolloutPrograms,
+    target: Any,
+    drafter_state: DrafterState | None,
+    buffer: DrafterBuffer | None,
+    prompts: Sequence[np.ndarray],
+    key: jax.Array,
+    *,
+    stop_tokens: tuple[int, ...],
+    idle_credit: int = 0,
+    on_finished: Callable[[Response], None] = lambda response: None,
+) -> RolloutResult:
+    """Generates one response per prompt.
+
+    Args:
+      programs: compiled programs and settings.
+      target: policy parameters in rollout layout.
+      drafter_state: the drafter, None without drafting; donated.
+      buffer: its data buffer, leaves [slices, ...], None without training; donated.
+      prompts: token ids of each sequence, [length] int32 each.
+      key: the step's key; with the same key, weights and prompts come the same tokens.
+      stop_tokens: any of these ends a response.
+      idle_credit: percent rounds saved up for training between steps (one slice only).
+      on_finished: called on this thread for each response as soon as it ended.
+
+    Raises:
+      UserError: a prompt is empty or longer than `max_prompt_length`.
+    """
+    began = time.monotonic()
+    batch = _lay_out(programs, prompts)
+    flight = _Flight(
+        target=target,
+        prompt_lengths=[len(prompt) for prompt in prompts],
+        sampler=programs.sampler(key, stop_tokens),
+        rows=programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh))),
+        live=batch[3] != INVALID,
+        longest=int(batch[1].max()),
+        drafter_state=drafter_state,
+        buffer=buffer,
+        began=began,
+        chunks=[],
+    )
+    responses: dict[int, Response] = {}
+    while flight.live.any():
+        for response in _next_chunk(programs, flight):
+            responses[response.sequence] = response
+            on_finished(response)
+    if programs.training and programs.slices == 1:
+        idle_credit = _train_between_steps(programs, flight, idle_credit)
+    return RolloutResult(
+        responses=[responses[sequence] for sequence in range(len(prompts))],
+        drafter_state=flight.drafter_state,
+        buffer=flight.buffer,
+        chunks=flight.chunks,
+        idle_credit=idle_credit,
+    )
+
+
+def _lay_out(
+    programs: RolloutPrograms, prompts: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Deals prompts to the slices in turn: padded tokens, lengths, limits and sequence ids."""
+    config = programs.rollout
+    rows = programs.first_rows
+    count = programs.slices * rows
+    tokens = np.zeros((count, config.max_prompt_length), np.int32)
+    lengths = np.ones(count, np.int32)
+    ids = np.full(count, INVALID, np.int32)
+    for sequence, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= config.max_prompt_length:
+            raise UserError(
+                f"prompt {sequence} has {len(prompt)} tokens, but the cache is laid out for 1 to "
+                f"{config.max_prompt_length}; raise config.rollout.max_prompt_length."
+            )
+        place = (sequence % programs.slices) * rows + sequence // programs.slices
+        tokens[place, : len(prompt)] = prompt
+        lengths[place] = len(prompt)
+        ids[place] = sequence
+    return tokens, lengths, lengths + config.max_response_length, ids
+
+
+def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
+    """Decides on and runs one chunk; returns the responses that ended in it."""
+    _fit(programs, flight)
+    idle = flight.live_by_slice(programs.slices).min() == 0
+    strategy = programs.strategy(flight.rows.tokens.shape[0] // programs.slices)
+    kind = ChunkKind(strategy, training=bool(programs.training and idle))
+    was_live = flight.live
+    report = _launch(programs, flight, kind, _room(programs, flight))
+    flight.chunks.append(report)
+    return _harvest(flight, was_live & ~flight.live)
+
+
+def _fit(programs: RolloutPrograms, flight: _Flight) -> None:
+    """Compacts rows into the smallest bucket that holds them; lengthens caches that are full."""
+    most = int(flight.live_by_slice(programs.slices).max())
+    for bucket in programs.rollout.row_buckets:
+        if most <= bucket < flight.rows.tokens.shape[0] // programs.slices:
+            flight.rows = programs.shrink(flight.rows, bucket)
+    flight.live = sharding.to_host(flight.rows.live)
+    while _room(programs, flight) == 0:
+        flight.rows = programs.grow(flight.rows)
+
+
+def _room(programs: RolloutPrograms, flight: _Flight) -> int:
+    """Rounds to ask for; 0 when the caches should be lengthened first.
+
+    A round writes up to `slack` positions beyond a row's length, for rows that ended as well.
+    """
+    count, length = flight.rows.tokens.shape
+    strategy = programs.strategy(count // programs.slices)
+    wanted = programs.rollout.rounds(strategy)
+    if length == programs.rollout.length_buckets[-1]:
+        return wanted
+    room = (length - programs.rollout.slack - flight.longest) // strategy.verify_tokens
+    return 0 if room < math.ceil(wanted / 2) else min(room, wanted)
+
+
+def _launch(
+    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int
+) -> ChunkRecord:
+    """Runs a chunk program, updates the flight, and records what happened."""
+    before = flight.live_by_slice(programs.slices)
+    index = len(flight.chunks)
+    start = time.monotonic()
+    orders = programs.orders(rounds=rounds, index=index)
+    flight.drafter_state, flight.buffer, flight.rows, report = programs.chunk(
+        kind,
+        flight.target,
+        flight.drafter_state,
+        flight.buffer,
+        flight.sampler,
+        orders,
+        flight.rows,
+    )
+    told, flight.live, lengths = sharding.to_host((report, flight.rows.live, flight.rows.length))
+    flight.longest = int(lengths.max())
+    count, length = flight.rows.tokens.shape
+    return ChunkRecord(
+        chunk=index,
+        start=start - flight.began,
+        seconds=time.monotonic() - start,
+        strategy=str(kind.strategy),
+        rows=count // programs.slices,
+        length=length,
+        rounds=rounds,
+        **_by_slice(told, before, training=kind.training),
+    )
+
+
+def _by_slice(told: ChunkReport, live: np.ndarray, *, training: bool) -> dict[str, Any]:
+    """The device's report as plain lists; a slice with nothing live trains if the chunk does."""
+    resting = "TRAIN" if training else "IDLE"
+    loss = float(told.draft_loss[0])
+    return {
+        "rounds_run": told.stats.rounds.tolist(),
+        "live": live.tolist(),
+        "roles": ["ROLLOUT" if count else resting for count in live],
+        "microbatches": told.microbatches.tolist(),
+        "committed": told.stats.committed.tolist(),
+        "row_rounds": told.stats.row_rounds.tolist(),
+        "accepted": told.stats.accepted.sum(axis=0).tolist(),
+        "draft_loss": None if math.isnan(loss) else loss,
+        "drafter_version": int(told.draft_version[0]),
+    }
+
+
+def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
+    """Responses of the rows marked in `ended`, copied to the host."""
+    if not ended.any():
+        return []
+    rows = flight.rows
+    tokens, log_probs, lengths, ids = sharding.to_host(
+        (rows.tokens, rows.log_probs, rows.length, rows.sequence_ids)
+    )
+    return [
+        Response(
+            sequence=int(ids[row]),
+            tokens=tokens[row, : lengths[row]].copy(),
+            log_probs=log_probs[row, : lengths[row]].copy(),
+            prompt_length=flight.prompt_lengths[ids[row]],
+        )
+        for row in np.flatnonzero(ended)
+    ]
+
+
+def _train_between_steps(programs: RolloutPrograms, flight: _Flight, credit: int) -> int:
+    """One slice is never idle: it trains after the rollout, for a share of its rounds.
+
+    The chunk program serves here too: all rows have ended, so every round is a spare one. Rounds
+    that do not buy a whole microbatch are saved up; returns what is left, in percent rounds.
+    """
+    share = round(100 * programs.drafter.between_steps_budget)
+    credit += share * sum(record.rounds_run[0] for record in flight.chunks)
+    microbatches = credit // (100 * programs.drafter.rounds_per_microbatch)
+    if microbatches == 0:
+        return credit
+    rounds = microbatches * programs.drafter.rounds_per_microbatch
+    strategy = programs.strategy(flight.rows.tokens.shape[0])
+    flight.chunks.append(_launch(programs, flight, ChunkKind(strategy, training=True), rounds))
+    return credit - 100 * rounds

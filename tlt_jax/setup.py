@@ -1,0 +1,137 @@
+"""Builds what `train` and `benchmark` start from: weights, programs, and a run's first state."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from tlt_jax import (
+    calibration,
+    chunk,
+    drafter,
+    learner,
+    packing,
+    policy,
+    rl_step,
+    sharding,
+    spot_training,
+    weights,
+)
+from tlt_jax.config import RunConfig
+from tlt_jax.programs import RolloutPrograms
+from tlt_jax.rl_step import Machinery, RunState
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.tasks import pipeline
+from tlt_jax.tasks.task import Task, get_task
+from tlt_jax.types import UserError
+
+REWARD_THREADS = 2
+
+
+def initial_policy(config: RunConfig) -> Any:
+    """Policy parameters from `warm_start_dir`, or random ones."""
+    if not config.warm_start_dir:
+        return policy.init(config.policy, jax.random.key(config.seed))
+    path = pathlib.Path(config.warm_start_dir) / "policy.safetensors"
+    return weights.load(path, policy.param_specs(config.policy), dtype=config.policy.dtype)
+
+
+def initial_drafter(config: RunConfig) -> Any:
+    """Drafter parameters from `warm_start_dir`, or random ones."""
+    if not config.warm_start_dir:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        return drafter.init(config.policy, config.drafter, key)
+    path = pathlib.Path(config.warm_start_dir) / "drafter.safetensors"
+    specs = drafter.param_specs(config.policy, config.drafter)
+    return weights.load(path, specs, dtype=config.policy.dtype)
+
+
+def load_task(config: RunConfig) -> tuple[Task, Any]:
+    """The task and its endless prompt dataset.
+
+    Raises:
+      UserError: an unknown task or mix, or prompts that do not fit the policy or the cache.
+    """
+    task = get_task(config.task.name)
+    if task.max_prompt_tokens > config.rollout.max_prompt_length:
+        raise UserError(
+            f"prompts of task '{task.name}' have up to {task.max_prompt_tokens} tokens, but "
+            f"config.rollout.max_prompt_length is {config.rollout.max_prompt_length}."
+        )
+    if task.tokenizer.vocab_size != config.policy.vocab_size:
+        raise UserError(
+            f"task '{task.name}' has a vocabulary of {task.tokenizer.vocab_size} tokens, but "
+            f"config.policy.vocab_size is {config.policy.vocab_size}."
+        )
+    source = pipeline.load_source(task, config.task.mix, "train", config.task.data_dir)
+    return task, pipeline.prompt_dataset(source, task, seed=config.seed)
+
+
+def drafter_state(config: RunConfig, mesh: jax.sharding.Mesh, params: Any) -> DrafterState:
+    """Version 0 of a drafter, on every device of the mesh."""
+    state = spot_training.init_state(config.drafter, params)
+    return jax.device_put(state, sharding.replicated(mesh))
+
+
+def start(config: RunConfig) -> tuple[Machinery, RunState]:
+    """Machinery with every program compiled, and the state before the first step."""
+    mesh = sharding.make_mesh(config.mesh)
+    task, prompts = load_task(config)
+    drafting = config.rollout.speculate
+    training = drafting and config.drafter.train
+    programs = RolloutPrograms(
+        mesh=mesh,
+        policy=config.policy,
+        rollout=config.rollout,
+        drafter=config.drafter,
+        drafting=drafting,
+        training=training,
+    )
+    machinery = Machinery(
+        config=config,
+        task=task,
+        prompts=prompts,
+        programs=programs,
+        reshard=rl_step.rollout_layout(mesh, config),
+        microbatch_seconds=0.0,
+        reward_threads=concurrent.futures.ThreadPoolExecutor(REWARD_THREADS),
+    )
+    params = machinery.reshard(initial_policy(config))
+    state = RunState(
+        steps_done=0,
+        learner=learner.init_state(mesh, config.policy, machinery.tx, params),
+        reference=jax.tree.map(lambda x: x.copy(), params),
+        rollout_params=params,
+        drafter=drafter_state(config, mesh, initial_drafter(config)) if drafting else None,
+        buffer=chunk.empty_buffers(mesh, config.policy, config.drafter) if training else None,
+    )
+    return warm_up(machinery, state), state
+
+
+def warm_up(machinery: Machinery, state: RunState) -> Machinery:
+    """Compiles all programs of a run; returns the machinery with its measured microbatch time."""
+    began = time.monotonic()
+    programs = machinery.programs
+    rows = machinery.config.learner
+    most = rl_step.most_microbatches(machinery.config)
+    empty = packing.empty_batch(most, rows.microbatch_rows, rows.row_length)
+    update = rl_step.update_arguments(machinery, state, empty, 0)
+    programs.warm_up(
+        state.rollout_params,
+        state.drafter,
+        state.buffer,
+        extra=[lambda: rl_step.update_program(machinery, update)],
+    )
+    print(
+        f"compiled {programs.pool.compiled} programs in {time.monotonic() - began:.0f}s",
+        flush=True,
+    )
+    if not programs.training:
+        return machinery
+    seconds = calibration.microbatch_seconds(
+        programs, state.rollout_params, state.drafter, state.buffer
+    )
+    return dataclasses.replace(machinery, microbatch_seconds=seconds)

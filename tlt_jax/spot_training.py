@@ -1,0 +1,149 @@
+"""Drafter training: the gradient of a microbatch, and the update every slice applies alike.
+
+One implementation serves the idle slices inside a chunk, the time between steps, and the warm
+start. Sums and not means travel between slices, so that unequal numbers of microbatches give the
+same gradient as one slice that took them all.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tlt_jax import drafter, losses, policy
+from tlt_jax.buffer import DrafterBuffer, Microbatch, sample
+from tlt_jax.config import DrafterConfig, PolicyConfig
+
+
+@struct.dataclass
+class DrafterState:
+    """Trainable state of the drafter; equal on all slices."""
+
+    params: Any
+    opt_state: Any
+    version: jax.Array  # [] int32, updates applied so far
+
+
+@struct.dataclass
+class GradientSum:
+    """Sums over the pairs of the microbatches taken so far."""
+
+    gradients: Any  # like the drafter's parameters
+    loss: jax.Array  # [] float32
+    weight: jax.Array  # [] float32, pairs
+
+
+def optimizer(config: DrafterConfig) -> optax.GradientTransformation:
+    """AdamW with gradient clipping."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(config: DrafterConfig, params: Any) -> DrafterState:
+    """Version 0 of a drafter."""
+    return DrafterState(
+        params=params, opt_state=optimizer(config).init(params), version=jnp.int32(0)
+    )
+
+
+def loss_sum(
+    params: Any,
+    target_params: Any,
+    policy_config: PolicyConfig,
+    config: DrafterConfig,
+    microbatch: Microbatch,
+) -> tuple[jax.Array, jax.Array]:
+    """EAGLE objective (arXiv 2401.15077, section 3.2) summed over pairs, and the pair count.
+
+    Smooth-L1 between estimated and true feature plus cross-entropy against the target's own
+    distribution, both at h[t + 1]. No gradient reaches the target's embedding and head.
+    """
+    target_params = jax.lax.stop_gradient(target_params)
+    pairs = drafter.training_pairs(
+        microbatch.tokens, microbatch.features, microbatch.segment_ids
+    )
+    estimates = drafter.packed_forward(
+        params,
+        policy_config,
+        pairs.features,
+        policy.embed(target_params, pairs.next_tokens),
+        microbatch.positions,
+        microbatch.segment_ids,
+    )
+    regression = losses.smooth_l1(estimates, pairs.target_features)
+    agreement = losses.soft_cross_entropy(
+        policy.logits(target_params, estimates),
+        policy.logits(target_params, pairs.target_features),
+    )
+    per_pair = agreement + config.feature_loss_weight * regression
+    return jnp.sum(per_pair * pairs.weights), jnp.sum(pairs.weights)
+
+
+def zero_sum(params: Any) -> GradientSum:
+    return GradientSum(
+        gradients=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        loss=jnp.float32(0),
+        weight=jnp.float32(0),
+    )
+
+
+def add_microbatch(
+    total: GradientSum,
+    params: Any,
+    target_params: Any,
+    policy_config: PolicyConfig,
+    config: DrafterConfig,
+    microbatch: Microbatch,
+) -> GradientSum:
+    """Adds one microbatch's gradient to a sum."""
+    (loss, weight), gradients = jax.value_and_grad(loss_sum, has_aux=True)(
+        params, target_params, policy_config, config, microbatch
+    )
+    return GradientSum(
+        gradients=jax.tree.map(lambda a, b: a + b.astype(a.dtype), total.gradients, gradients),
+        loss=total.loss + loss,
+        weight=total.weight + weight,
+    )
+
+
+def accumulate(
+    params: Any,
+    target_params: Any,
+    policy_config: PolicyConfig,
+    config: DrafterConfig,
+    buffer: DrafterBuffer,
+    key: jax.Array,
+    microbatches: jax.Array,
+) -> GradientSum:
+    """Gradient sum of `microbatches` ([] int32, data) random microbatches of one slice's buffer.
+
+    An empty buffer takes none, so that the sum stays zero.
+    """
+    count = jnp.where(buffer.filled > 0, microbatches, 0)
+
+    def body(index: jax.Array, total: GradientSum) -> GradientSum:
+        microbatch = sample(buffer, jax.random.fold_in(key, index), rows=config.microbatch_rows)
+        return add_microbatch(total, params, target_params, policy_config, config, microbatch)
+
+    return jax.lax.fori_loop(0, count, body, zero_sum(params))
+
+
+def apply(config: DrafterConfig, state: DrafterState, total: GradientSum) -> DrafterState:
+    """One AdamW update with the mean gradient; nothing happens where the sum has no weight."""
+
+    def update(state: DrafterState) -> DrafterState:
+        mean = jax.tree.map(
+            lambda g, p: (g / total.weight).astype(p.dtype), total.gradients, state.params
+        )
+        updates, opt_state = optimizer(config).update(mean, state.opt_state, state.params)
+        return DrafterState(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            version=state.version + 1,
+        )
+
+    return jax.lax.cond(total.weight > 0, update, lambda s: s, state)

@@ -1,0 +1,1 @@
+"""Synthetic reasoning tasks: prompts, demonstrations of them, and rule-based rewards."""

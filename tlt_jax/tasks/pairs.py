@@ -1,0 +1,125 @@
+"""Find the pair of numbers that sums to the goal: dataset, author and reward.
+
+Prompt `nums 1 4 2 5 3 7 goal 5 1 :` asks which two of 14, 25 and 37 sum to 51. The demonstrated
+author is forgetful (tries random pairs again and again, so lengths for one prompt are geometric:
+a long tail), hasty (may accept a wrong pair) and slips now and then in arithmetic:
+
+    try 1 4 + 2 5 : 0 9 , 3 9 no try 3 7 + 1 4 : 1 1 , 5 1 yes answer 3 7 1 4
+
+A try writes the sum of the units digits, then the total, then the verdict.
+"""
+
+import itertools
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tlt_jax.tasks.builder import MixConfig, TaskBuilder
+from tlt_jax.tasks.digits import from_words, slipped, to_words
+from tlt_jax.tasks.task import Task
+from tlt_jax.tasks.tokenizer import Tokenizer
+from tlt_jax.types import UserError
+
+HASTY = 0.15
+"""Probability that the author says `yes` to a total that is not the goal."""
+SLIP = 0.01
+"""Probability that one digit of a total is wrong."""
+MAX_TRIES = 30
+"""The author gives up after this many tries and answers with the last pair."""
+
+_SMALLEST, _LARGEST = 10, 49  # two digits each, and so are all sums
+_MAX_NUMBERS = 6
+_MAX_PROMPT_TOKENS = 2 * _MAX_NUMBERS + 6  # bos, nums, goal, two goal digits, colon
+
+
+def draw_prompt(rng: np.random.Generator, size: int) -> str:
+    """Draws `size` numbers whose pair sums all differ, and one of these sums as the goal."""
+    while True:
+        numbers = rng.integers(_SMALLEST, _LARGEST + 1, size=size).tolist()
+        sums = [a + b for a, b in itertools.combinations(numbers, 2)]
+        if len(set(sums)) == len(sums):
+            break
+    goal = sums[rng.integers(len(sums))]
+    return f"nums {' '.join(map(to_words, numbers))} goal {to_words(goal)} :"
+
+
+def demonstrate(
+    rng: np.random.Generator, prompt: str, *, hasty: float = HASTY, slip: float = SLIP
+) -> str:
+    """Writes the author's response to `prompt`: tries up to `MAX_TRIES`, then an answer."""
+    numbers, goal = _parse(prompt)
+    attempts = []
+    for _ in range(MAX_TRIES):
+        first = int(rng.integers(len(numbers)))
+        second = int(rng.integers(len(numbers) - 1))
+        second += second >= first
+        a, b = numbers[first], numbers[second]
+        total = slipped(rng, a + b) if rng.random() < slip else a + b
+        # The author believes the total on the page, slip or not.
+        accepted = total == goal or rng.random() < hasty
+        units = to_words(a % 10 + b % 10)
+        attempts.append(
+            f"try {to_words(a)} + {to_words(b)} : {units} , {to_words(total)} "
+            f"{'yes' if accepted else 'no'}"
+        )
+        if accepted:
+            break
+    return f"{' '.join(attempts)} answer {to_words(a)} {to_words(b)}"
+
+
+def reward(prompt: str, response: str) -> float:
+    """1.0 iff `response` ends with `answer` and two different entries that sum to the goal.
+
+    Args:
+      prompt: a prompt as `draw_prompt` writes it.
+      response: any text at all.
+
+    Raises:
+      UserError: `prompt` is not a prompt of this task.
+    """
+    numbers, goal = _parse(prompt)
+    ending = response.split(" ")[-5:]
+    if len(ending) != 5 or ending[0] != "answer":
+        return 0.0
+    a, b = from_words(ending[1:3]), from_words(ending[3:5])
+    if a is None or b is None or a not in numbers or b not in numbers:
+        return 0.0
+    if a == b and numbers.count(a) < 2:
+        return 0.0
+    return float(a + b == goal)
+
+
+def _parse(prompt: str) -> tuple[list[int], int]:
+    """Returns the numbers and the goal of `prompt`."""
+    words = prompt.split(" ")
+    entries = [words[k : k + 2] for k in range(1, len(words) - 4, 2)]
+    numbers = [number for number in map(from_words, entries) if number is not None]
+    goal = from_words(words[-3:-1])
+    shape = (words[0], *words[-4:-3], words[-1])
+    if shape != ("nums", "goal", ":") or goal is None or not 2 <= len(numbers) == len(entries):
+        raise UserError(
+            f"{prompt!r} is no prompt of the task 'pairs'; one reads 'nums 1 4 2 5 3 7 goal 5 1 :'."
+        )
+    return numbers, goal
+
+
+class Pairs(TaskBuilder):
+    """Prompts and demonstrations of the pairs task, in three difficulty mixes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 (tfds declares it as a plain class attribute)
+        MixConfig(name="easy", sizes={3: 0.5, 4: 0.5}),
+        MixConfig(name="mixed", sizes={3: 0.4, 4: 0.3, 5: 0.3}),
+        MixConfig(name="hard", sizes={4: 0.4, 5: 0.3, 6: 0.3}),
+    ]
+    draw_prompt = staticmethod(draw_prompt)
+    demonstrate = staticmethod(demonstrate)
+
+
+TASK = Task(
+    name="pairs",
+    tokenizer=Tokenizer(),
+    builder_cls=Pairs,
+    reward_fn=reward,
+    max_prompt_tokens=_MAX_PROMPT_TOKENS,
+)

@@ -1,0 +1,160 @@
+"""RL training with speculative rollouts and drafter training on idle slices.
+
+    python -m tlt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command resumes a run that was stopped.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+from absl import app
+
+from tlt_jax import command_line, setup, weights
+from tlt_jax.checkpoint import Checkpoints
+from tlt_jax.config import RunConfig
+from tlt_jax.reporting import plots, summary
+from tlt_jax.reporting.writers import (
+    JsonlWriter,
+    TensorboardWriter,
+    progress_line,
+    write_atomically,
+)
+from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step
+from tlt_jax.types import UserError
+
+# A resumed run may differ from the stopped one in these and still end with the same parameters.
+MAY_CHANGE = ("checkpoint",)
+
+
+class RunLog:
+    """The files that a run writes as it goes; from `first_step` on, older lines are kept."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        self._metrics = JsonlWriter(workdir / "metrics.jsonl")
+        self._decisions = JsonlWriter(workdir / "decisions.jsonl")
+        self._metrics.truncate_after(first_step)
+        self._decisions.truncate_after(first_step)
+        self._tensorboard = TensorboardWriter(workdir / "tensorboard", first_step=first_step)
+
+    def write(self, outcome: StepOutcome, *, num_steps: int, run_seconds: float) -> None:
+        """Logs one step and prints its progress line."""
+        step = outcome.row["step"]
+        for record in outcome.chunks:
+            values = dataclasses.asdict(record)
+            values["start"] += run_seconds
+            self._decisions.write({"step": step, "target_step": step} | values)
+        self._metrics.write(outcome.row)
+        self._tensorboard.write(step, outcome.row)
+        print(progress_line(outcome.row, num_steps=num_steps), flush=True)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._decisions.close()
+        self._tensorboard.close()
+
+
+def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
+    """Runs or resumes a run to its last step and writes its reports."""
+    keep_config(config, workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    machinery, state = setup.start(config)
+    state = resume(machinery, state, checkpoints)
+    log = RunLog(workdir, state.steps_done)
+    began = time.monotonic()
+    while state.steps_done < config.num_steps:
+        outcome = rl_step(machinery, state)
+        state, run_seconds = outcome.state, time.monotonic() - began
+        start = run_seconds - outcome.row["seconds"]["total"]
+        log.write(outcome, num_steps=config.num_steps, run_seconds=start)
+        if state.steps_done % config.checkpoint.every == 0 or state.steps_done == config.num_steps:
+            save(checkpoints, config, state)
+    checkpoints.close()
+    log.close()
+    machinery.reward_threads.shutdown()
+    export(workdir, state)
+    plots.write_all(workdir)
+    summary.write_summary(workdir)
+    return state
+
+
+def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Writes `config.json`, or checks that it says what this run is asked to do.
+
+    Raises:
+      UserError: the workdir belongs to a run of another configuration.
+    """
+    path = workdir / "config.json"
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not path.exists():
+        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+        return
+    try:
+        kept = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
+    different = _first_difference(kept, values, "config")
+    if different is not None:
+        raise UserError(
+            f"{workdir} holds a run with another {different}; give the same value, or another "
+            "--workdir."
+        )
+
+
+def _first_difference(kept: object, asked: object, where: str) -> str | None:
+    if not isinstance(kept, dict) or not isinstance(asked, dict):
+        return None if kept == asked else f"{where} ({kept!r}, now {asked!r})"
+    for key in sorted(set(kept) | set(asked)):
+        if where == "config" and key in MAY_CHANGE:
+            continue
+        found = _first_difference(kept.get(key), asked.get(key), f"{where}.{key}")
+        if found is not None:
+            return found
+    return None
+
+
+def save(checkpoints: Checkpoints, config: RunConfig, state: RunState) -> None:
+    """Begins a checkpoint of the state."""
+    record = {
+        "steps_done": state.steps_done,
+        "seed": config.seed,
+        "idle_credit": state.idle_credit,
+    }
+    checkpoints.save(state.steps_done, state.arrays(), record)
+
+
+def resume(machinery: Machinery, state: RunState, checkpoints: Checkpoints) -> RunState:
+    """The state of the newest checkpoint, or `state` where there is none."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return state
+    arrays, record = checkpoints.restore(latest, state.arrays())
+    print(f"resuming after step {record['steps_done']}", flush=True)
+    return RunState(
+        steps_done=record["steps_done"],
+        rollout_params=machinery.reshard(arrays["learner"].params),
+        idle_credit=record["idle_credit"],
+        **arrays,
+    )
+
+
+def export(workdir: pathlib.Path, state: RunState) -> None:
+    """Writes the trained policy, and the drafter that goes with it, as safetensors."""
+    weights.save(workdir / "policy.safetensors", state.rollout_params, dtype="float32")
+    if state.drafter is not None:
+        path = workdir / "drafter" / "drafter.safetensors"
+        weights.save(path, state.drafter.params, dtype="float32")
+
+
+def main(argv: list[str]) -> None:
+    config, workdir = command_line.start(argv)
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
+    train(config, workdir)
+    print(f"summary: {workdir / 'summary.md'}   pictures: {workdir / 'plots'}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(command_line.guarded(main))

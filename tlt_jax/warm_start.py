@@ -1,0 +1,154 @@
+"""Supervised warm start: makes the policy and the drafter that RL begins from.
+
+    python -m tlt_jax.warm_start --config=configs/quickstart.py --workdir=DIR
+
+Packed demonstrations of the task train the policy by next-token cross-entropy; then the drafter
+learns the policy's features on the same rows. Writes `policy.safetensors`, `drafter.safetensors`
+and `warm_start.json` into the workdir.
+"""
+
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tlt_jax import command_line, drafter, policy, sharding, spot_training, weights
+from tlt_jax.buffer import Microbatch
+from tlt_jax.config import RunConfig
+from tlt_jax.tasks import pipeline
+from tlt_jax.tasks.task import get_task
+
+PROGRESS_EVERY = 50
+
+
+def supervised_loss(params: Any, config: RunConfig, batch: dict[str, jax.Array]) -> jax.Array:
+    """Mean cross-entropy in nats of the tokens with `loss_mask` 1; batch arrays are [B, T]."""
+    hidden, _ = policy.packed_forward(
+        params, config.policy, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    logits = policy.logits(params, hidden[:, :-1])
+    per_token = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    mask = batch["loss_mask"][:, 1:]
+    return jnp.sum(per_token * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def policy_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """AdamW, warm-up over a twentieth of the steps, then a cosine to zero."""
+    steps = config.warm_start.policy_steps
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.warm_start.learning_rate, max(steps // 20, 1), steps
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
+def policy_step(params: Any, opt_state: Any, batch: dict[str, jax.Array], config: RunConfig):
+    """One supervised update; returns parameters, optimizer state and loss."""
+    loss, gradients = jax.value_and_grad(supervised_loss)(params, config, batch)
+    updates, opt_state = policy_optimizer(config).update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
+def drafter_step(
+    state: spot_training.DrafterState,
+    target_params: Any,
+    batch: dict[str, jax.Array],
+    config: RunConfig,
+):
+    """One drafter update on the policy's features of a batch; returns state and mean loss."""
+    features, _ = policy.packed_forward(
+        target_params, config.policy, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    microbatch = Microbatch(
+        tokens=batch["tokens"],
+        features=features,
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+    )
+    total = spot_training.add_microbatch(
+        spot_training.zero_sum(state.params),
+        state.params,
+        target_params,
+        config.policy,
+        config.drafter,
+        microbatch,
+    )
+    return spot_training.apply(config.drafter, state, total), total.loss / total.weight
+
+
+class Batches:
+    """Endless shuffled batches of packed rows, the rows of a batch split over the slices."""
+
+    def __init__(self, rows: dict[str, np.ndarray], config: RunConfig, mesh: jax.sharding.Mesh):
+        self._rows = rows
+        self._size = config.warm_start.batch_rows
+        self._random = np.random.default_rng(config.seed)
+        self._sharding = NamedSharding(mesh, PartitionSpec(sharding.SLICE))
+
+    def next(self) -> dict[str, jax.Array]:
+        count = len(self._rows["tokens"])
+        chosen = self._random.choice(count, size=self._size, replace=count < self._size)
+        return {k: jax.device_put(v[chosen], self._sharding) for k, v in self._rows.items()}
+
+
+def warm_start(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Runs both phases and writes the three files."""
+    mesh = sharding.make_mesh(config.mesh)
+    task = get_task(config.task.name)
+    source = pipeline.load_source(task, config.task.mix, "train", config.task.data_dir)
+    rows = pipeline.pack_demonstrations(
+        source, task, seed=config.seed, row_length=config.warm_start.row_length
+    )
+    batches = Batches(rows, config, mesh)
+    key = jax.random.key(config.seed)
+    params = jax.device_put(policy.init(config.policy, key), sharding.replicated(mesh))
+    began = time.monotonic()
+
+    opt_state = policy_optimizer(config).init(params)
+    for step in range(config.warm_start.policy_steps):
+        params, opt_state, policy_loss = policy_step(params, opt_state, batches.next(), config)
+        _progress("policy", step, config.warm_start.policy_steps, policy_loss, began)
+
+    fresh = drafter.init(config.policy, config.drafter, jax.random.fold_in(key, 1))
+    state = spot_training.init_state(config.drafter, fresh)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    drafter_loss = jnp.float32(jnp.nan)
+    for step in range(config.warm_start.drafter_steps):
+        state, drafter_loss = drafter_step(state, params, batches.next(), config)
+        _progress("drafter", step, config.warm_start.drafter_steps, drafter_loss, began)
+
+    weights.save(workdir / "policy.safetensors", params)
+    weights.save(workdir / "drafter.safetensors", state.params)
+    report = {
+        "task": config.task.name,
+        "mix": config.task.mix,
+        "policy_loss": float(policy_loss),
+        "drafter_loss": float(drafter_loss),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    (workdir / "warm_start.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {workdir}/policy.safetensors and drafter.safetensors", flush=True)
+
+
+def _progress(what: str, step: int, steps: int, loss: jax.Array, began: float) -> None:
+    if (step + 1) % PROGRESS_EVERY == 0 or step + 1 == steps:
+        seconds = time.monotonic() - began
+        print(f"{what} {step + 1}/{steps} | loss {float(loss):.4f} | {seconds:.0f}s", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    config, workdir = command_line.start(argv)
+    warm_start(config, workdir)
+
+
+if __name__ == "__main__":
+    app.run(command_line.guarded(main))
