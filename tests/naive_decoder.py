@@ -96,7 +96,7 @@ def layer(weights, config, stream):
 
 
 def decoder(params, config, tokens):
-    """Final hidden states [T, D], logits [T, V] and the stream after each layer, of one sequence."""
+    """Final hidden states [T, D], logits [T, V] and each layer's stream, for one sequence."""
     stream = np.asarray(params["embed"], np.float64)[np.asarray(tokens)]
     streams = []
     for layer_params in params["layers"]:

@@ -40,4 +40,6 @@ def test_scale_is_kept_or_divided_out():
     kept = advantages.group_relative(8 * REWARDS, normalize=False)
     np.testing.assert_allclose(kept, 8 * advantages.group_relative(REWARDS, normalize=False))
     divided = advantages.group_relative(8 * REWARDS, normalize=True)
-    np.testing.assert_allclose(divided, advantages.group_relative(REWARDS, normalize=True), rtol=1e-3)
+    np.testing.assert_allclose(
+        divided, advantages.group_relative(REWARDS, normalize=True), rtol=1e-3
+    )

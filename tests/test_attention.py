@@ -82,9 +82,7 @@ def test_a_later_token_or_another_segment_changes_nothing(packed):
     base = packed(q, k, v, SEGMENTS)
 
     def disturbed(row, position):
-        return packed(
-            q, k.at[row, position].add(3.0), v.at[row, position].add(3.0), SEGMENTS
-        )
+        return packed(q, k.at[row, position].add(3.0), v.at[row, position].add(3.0), SEGMENTS)
 
     for position in range(T):
         other = disturbed(0, position)
@@ -118,9 +116,7 @@ def test_rows_of_unequal_length_and_what_lies_beyond_them():
     new = slice(5, 8)
     found, written = _cached(q[:, new], k[:, new], v[:, new], cache, lengths)
     for row, length in enumerate((4, 2)):
-        keys, values = (
-            jnp.concatenate([x[:, :length], x[:, new]], axis=1)[row] for x in (k, v)
-        )
+        keys, values = (jnp.concatenate([x[:, :length], x[:, new]], axis=1)[row] for x in (k, v))
         for index in range(3):
             end = length + index + 1
             scores = np.einsum(
@@ -140,6 +136,4 @@ def test_bfloat16_keeps_its_dtype():
     found = jax.jit(attention.packed)(q, k, v, attention.packed_mask(jnp.asarray(SEGMENTS)))
     assert found.dtype == jnp.bfloat16
     # Inputs agree exactly; scores, weights and output are rounded to 2^-9 of values below 4.
-    np.testing.assert_allclose(
-        np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03
-    )
+    np.testing.assert_allclose(np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03)

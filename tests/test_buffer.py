@@ -75,9 +75,7 @@ def test_the_ring_wraps_to_the_oldest_row_and_clears_it():
 
 def test_length_zero_stores_nothing():
     base = _insert(_empty(), 3, 4)
-    with_gaps = _insert_many(
-        _empty(), *_sequences(0, 2), jnp.array([3, 0], jnp.int32)
-    )
+    with_gaps = _insert_many(_empty(), *_sequences(0, 2), jnp.array([3, 0], jnp.int32))
     with_gaps = _insert_many(with_gaps, *_sequences(0, 2), jnp.array([0, 4], jnp.int32))
     jax.tree.map(np.testing.assert_array_equal, with_gaps, base)
     nothing = _insert(base, 0, 0)

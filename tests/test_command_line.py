@@ -98,7 +98,6 @@ def test_a_misspelt_key_names_the_nearest(run, tmp_path, override, nearest):
     ("arguments", "words"),
     [
         (["--config=config.py", "--config.mesh.tensor=3"], ["config.mesh.tensor=3"]),
-        (["--config=config.py", "--config.rollout.temperature=hot"], ["temperature", "hot"]),
         (["--config=config.py:unset"], ["config.seed has no value", "--config.seed=VALUE"]),
         (["--config=nothing.py"], ["nothing.py"]),
         ([], ["--config is missing"]),
@@ -109,6 +108,19 @@ def test_a_bad_command_line_is_told_in_a_sentence(run, tmp_path, arguments, word
     sentence = _one_sentence(run(*arguments, f"--workdir={tmp_path}/w"))
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.rollout.temperature=hot", ["--config.rollout.temperature=hot", "float"]),
+        ("--workdr=here", ["'workdr'", "workdir"]),
+    ],
+)
+def test_what_absl_cannot_read_is_told_by_absl(run, argument, words):
+    done = run("--config=config.py", argument)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert all(word in done.stderr.splitlines()[0] for word in words), done.stderr
 
 
 def test_a_missing_workdir_flag_is_told_in_a_sentence(run):
@@ -165,7 +177,7 @@ def test_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; give a folder"):
         command_line.usable_workdir(str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be made .*; give a folder"):
+    with pytest.raises(UserError, match=r"cannot be made \(.*\); give a folder"):
         command_line.usable_workdir(str(tmp_path / "file" / "below"))
 
 

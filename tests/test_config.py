@@ -23,7 +23,9 @@ def _changed(**groups):
     """The default `RunConfig` with fields of its groups changed: `rollout={"top_k": 3}`."""
     base = RunConfig()
     changes = {
-        name: dataclasses.replace(getattr(base, name), **value) if isinstance(value, dict) else value
+        name: dataclasses.replace(getattr(base, name), **value)
+        if isinstance(value, dict)
+        else value
         for name, value in groups.items()
     }
     return dataclasses.replace(base, **changes)
@@ -190,6 +192,14 @@ IMPOSSIBLE = [
     ("config.drafter.ffn_width", {"drafter": {"ffn_width": 0}}),
     ("config.checkpoint.every", {"checkpoint": {"every": 0}}),
     ("config.checkpoint.keep", {"checkpoint": {"keep": 0}}),
+    ("config.policy.vocab_size", {"policy": {"vocab_size": 0}}),
+    ("config.policy.attention_backend", {"policy": {"attention_backend": "refrence"}}),
+    ("config.rollout.prompts_per_step", {"rollout": {"prompts_per_step": 0}}),
+    ("config.rollout.max_prompt_length", {"rollout": {"max_prompt_length": 0}}),
+    ("config.rollout.max_response_length", {"rollout": {"max_response_length": 0}}),
+    ("config.learner.microbatch_rows", {"learner": {"microbatch_rows": 0}}),
+    ("config.learner.updates_per_step", {"learner": {"updates_per_step": 0}}),
+    ("config.warm_start.batch_rows", {"warm_start": {"batch_rows": 3}}),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The drafter: its pairs by hand, a naive layer, and training rows against decoding with a cache."""
+"""The drafter: its pairs by hand, a naive layer, and training rows against cached decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +115,7 @@ def test_a_later_pair_or_another_segment_changes_nothing(params, tiny_config, pa
 
 
 def test_the_drafters_tree_holds_neither_embedding_nor_head(tiny_config):
-    made = jax.eval_shape(
-        lambda key: drafter.init(tiny_config, DRAFTER, key), jax.random.key(0)
-    )
+    made = jax.eval_shape(lambda key: drafter.init(tiny_config, DRAFTER, key), jax.random.key(0))
     assert set(made) == {"feature_norm", "token_norm", "fuse", "layer", "norm"}
     specs = drafter.param_specs(tiny_config, DRAFTER)
     for spec, array in zip(jax.tree.leaves(specs), jax.tree.leaves(made), strict=True):

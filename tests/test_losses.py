@@ -50,9 +50,9 @@ def test_a_clipped_token_has_no_gradient(ratio, advantage, slope):
 
 def test_on_policy_the_gradient_is_the_policy_gradient():
     log_probs, advantages = _random_log_probs(0), _random_log_probs(1) + 1
-    gradient = jax.grad(
-        lambda x: jnp.sum(_grpo(x, log_probs, advantages, log_probs).loss)
-    )(log_probs)
+    gradient = jax.grad(lambda x: jnp.sum(_grpo(x, log_probs, advantages, log_probs).loss))(
+        log_probs
+    )
     np.testing.assert_allclose(gradient, -advantages, rtol=1e-6)
 
 

@@ -50,9 +50,7 @@ def forward(params, family):
 
 
 def test_packed_forward_is_the_naive_decoder_on_every_segment(params, family):
-    hidden, streams = _packed(
-        params, family, TOKENS, POSITIONS, SEGMENTS, hidden_layers=(1, 0)
-    )
+    hidden, streams = _packed(params, family, TOKENS, POSITIONS, SEGMENTS, hidden_layers=(1, 0))
     found = policy.logits(params, hidden)
     assert found.dtype == jnp.float32 and found.shape == (2, 8, 11)
     for row, segment in ((0, 0), (0, 1), (1, 2)):
@@ -72,9 +70,7 @@ def test_decoding_one_by_one_or_at_once_is_the_packed_forward(params, family, fo
     np.testing.assert_allclose(stepwise, forward[0], atol=1e-5)
     for found, expected in zip(streams, forward[1], strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), filled, filled_stepwise
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), filled, filled_stepwise)
 
 
 def test_right_padding_of_the_prefill_leaves_no_trace(params, family, forward):

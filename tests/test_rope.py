@@ -36,11 +36,11 @@ def test_llama3_scaling_has_no_step_at_its_limits(turns, share):
 
 def test_rotation_by_hand():
     # Frequencies 1 and 0.1: after 2 tokens the pairs (x0, x2) and (x1, x3) turn by 2 and by 0.2.
-    x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
+    x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 1, 4)
     cos, sin = rope.angles(jnp.array([[2]]), jnp.array([1.0, 0.1]))
-    assert cos.shape == sin.shape == (1, 1, 1, 2)
+    assert cos.shape == sin.shape == (1, 1, 1, 1, 2)
     expected = [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)]
-    np.testing.assert_allclose(rope.rotate(x, cos, sin)[0, 0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(rope.rotate(x, cos, sin).ravel(), expected, rtol=1e-6)
 
 
 @jax.jit
@@ -49,8 +49,8 @@ def _scores(q, k, query_positions, key_positions):
     freqs = rope.frequencies(8, 100.0, RopeScaling(factor=4.0, original_max_length=64))
 
     def turned(x, positions):
-        rows = jnp.broadcast_to(x, (1, positions.size, 1, 8))
-        return rope.rotate(rows, *rope.angles(positions[None], freqs))[0, :, 0]
+        rows = jnp.broadcast_to(x[None, :], (positions.size, 8)).reshape(1, -1, 1, 1, 8)
+        return rope.rotate(rows, *rope.angles(positions[None], freqs)).reshape(-1, 8)
 
     return jnp.sum(turned(q, query_positions) * turned(k, key_positions), axis=-1)
 
@@ -66,7 +66,7 @@ def test_scores_depend_on_the_distance_alone():
 
 
 def test_rotation_keeps_dtype_and_norm():
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 4, 8)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 2, 2, 8)), jnp.bfloat16)
     angles = rope.angles(jnp.array([[0, 1, 2], [5, 6, 90]]), jnp.array([1.0, 0.5, 0.1, 0.01]))
     turned = rope.rotate(x, *angles)
     assert turned.dtype == jnp.bfloat16

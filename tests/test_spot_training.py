@@ -23,10 +23,21 @@ W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
 
-_loss_sum = jax.jit(spot_training.loss_sum, static_argnames=("policy_config", "config"))
+_packed = jax.jit(drafter.packed_forward, static_argnames="config")
+_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
 _add = jax.jit(spot_training.add_microbatch, static_argnames=("policy_config", "config"))
 _accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
 _apply = jax.jit(spot_training.apply, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="policy_config")
+def _evaluate(params, target, policy_config, microbatch):
+    """(loss, pairs), and the loss's gradients with respect to the drafter and to the target."""
+
+    def loss(params, target):
+        return spot_training.loss_sum(params, target, policy_config, CONFIG, microbatch)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, target)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +80,7 @@ def _filled(sequences, *lengths, first=0):
 
 def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch):
     embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
-    estimates = drafter.packed_forward(
-        params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS
-    )
+    estimates = _packed(params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS)
     estimates, features, head = (
         np.asarray(x, np.float64) for x in (estimates, microbatch.features, target["head"])
     )
@@ -86,7 +95,7 @@ def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, micro
         cross = -probs @ (estimate @ head - np.log(np.sum(np.exp(estimate @ head))))
         expected += cross + CONFIG.feature_loss_weight * smooth
         count += 1
-    loss, weight = _loss_sum(params, target, tiny_config, CONFIG, microbatch)
+    (loss, weight), _ = _evaluate(params, target, tiny_config, microbatch)
     assert count == 12 and float(weight) == 12
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -95,33 +104,35 @@ def test_padding_and_the_step_between_segments_do_not_count(
     params, target, tiny_config, microbatch
 ):
     """Fails when pairs are not masked, when attention crosses segments, or both."""
-    loss, weight = _loss_sum(params, target, tiny_config, CONFIG, microbatch)
+    (loss, weight), _ = _evaluate(params, target, tiny_config, microbatch)
     garbage = microbatch.replace(
         tokens=microbatch.tokens.at[0, 7].set(3),
         features=microbatch.features.at[0, 7].set(50.0),
     )
-    same, _ = _loss_sum(params, target, tiny_config, CONFIG, garbage)
+    (same, _), _ = _evaluate(params, target, tiny_config, garbage)
     np.testing.assert_array_equal(same, loss)
 
     total, pairs = 0.0, 0.0
-    for row, first, last in ((0, 0, 3), (0, 3, 7), (1, 0, 8)):
-        alone = jax.tree.map(lambda x: jnp.zeros_like(x), microbatch)  # noqa: B023
-        alone = alone.replace(segment_ids=jnp.full_like(alone.segment_ids, -1))
-        count = last - first
-        cut = jax.tree.map(lambda x: x[row, first:last], microbatch)  # noqa: B023
-        alone = jax.tree.map(lambda x, new: x.at[0, :count].set(new), alone, cut)  # noqa: B023
-        part, number = _loss_sum(params, target, tiny_config, CONFIG, alone)
+    for row, place in ((0, slice(0, 3)), (0, slice(3, 7)), (1, slice(0, 8))):
+        alone = _segment_alone(microbatch, row, place)
+        (part, number), _ = _evaluate(params, target, tiny_config, alone)
         total, pairs = total + float(part), pairs + float(number)
     assert pairs == float(weight) == 12
     np.testing.assert_allclose(loss, total, rtol=1e-5)
 
 
+def _segment_alone(microbatch, row, place):
+    """A microbatch that holds one segment of `microbatch`, at the start of its first row."""
+    empty = jax.tree.map(jnp.zeros_like, microbatch)
+    empty = empty.replace(segment_ids=jnp.full_like(empty.segment_ids, -1))
+    count = place.stop - place.start
+    return jax.tree.map(lambda x, whole: x.at[0, :count].set(whole[row, place]), empty, microbatch)
+
+
 def test_the_target_gets_no_gradient_and_all_of_the_drafter_does(
     params, target, tiny_config, microbatch
 ):
-    gradients, target_gradients = jax.jit(
-        jax.grad(lambda *p: spot_training.loss_sum(*p, tiny_config, CONFIG, microbatch)[0], (0, 1))
-    )(params, target)
+    _, (gradients, target_gradients) = _evaluate(params, target, tiny_config, microbatch)
     for leaf in jax.tree.leaves(target_gradients):
         np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
@@ -164,9 +175,8 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
     for index, buffer in enumerate(buffers):
         own, own_key = _zero(params), jax.random.fold_in(key, index)
         for number in range(int(counts[index])):
-            drawn = buffer_lib.sample(
-                buffer, jax.random.fold_in(own_key, number), rows=CONFIG.microbatch_rows
-            )
+            draw_key = jax.random.fold_in(own_key, number)
+            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows)
             one = _add(one, params, target, tiny_config, CONFIG, drawn)
             own = _add(own, params, target, tiny_config, CONFIG, drawn)
         slices.append(own)
@@ -255,24 +265,18 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_drafter(
     buffer = _filled(sequences, 8, 8, 8)
     before = _digest(target)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train(state, target):
-        def body(state, key):
-            total = spot_training.accumulate(
-                state.params, target, tiny_config, CONFIG, buffer, key, jnp.int32(1)
-            )
-            return spot_training.apply(CONFIG, state, total), total.loss / total.weight
-
-        return jax.lax.scan(body, state, jax.random.split(jax.random.key(0), 150))
-
-    start = jax.tree.map(jnp.copy, spot_training.init_state(CONFIG, params))
-    state, losses = train(start, target)
+    state, losses = spot_training.init_state(CONFIG, params), []
+    for step in range(150):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        total = _accumulate(state.params, target, tiny_config, CONFIG, buffer, key, jnp.int32(1))
+        state = _apply(CONFIG, state, total)
+        losses.append(float(total.loss / total.weight))
     assert int(state.version) == 150
     # The cross-entropy cannot fall below the target's own entropy; measure what lies above it.
     logits = policy.logits(target, sequences[1][:3, 1:])
     probs = jax.nn.softmax(logits, axis=-1)
     floor = -float(jnp.mean(jnp.sum(probs * jnp.log(probs), axis=-1)))
-    first, last = (float(jnp.mean(x)) - floor for x in (losses[:10], losses[-10:]))
+    first, last = np.mean(losses[:10]) - floor, np.mean(losses[-10:]) - floor
     assert 0 <= last < 0.2 * first
     assert _digest(target) == before
     assert _digest(state.params) != _digest(params)

@@ -3,6 +3,7 @@
 Nothing is decided from it: an idle slice's microbatches are priced in rounds, by configuration.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -43,7 +44,7 @@ def microbatch_seconds(
             rows = programs.shrink(rows, bucket)
     sampler = programs.sampler(jax.random.key(0), (0,))
     kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // programs.slices), training=True)
-    buffer = buffer.replace(filled=jnp.ones_like(buffer.filled))
+    buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))
 
     def timed(microbatches: int) -> float:
         orders = programs.orders(

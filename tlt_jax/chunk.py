@@ -1,9 +1,9 @@
 """The programs of a rollout, each one SPMD program over the whole mesh.
 
 All are `shard_map`s, manual over `slice` and automatic over `tensor`: inside, arrays are those of
-one slice. A slice with live rows runs rounds; rounds that it does not need, because nothing is live,
-it spends on drafter microbatches. So roles are decided on the device, and a slice that falls idle
-in the middle of a chunk trains for the rest of it.
+one slice. A slice with live rows runs rounds; rounds that it does not need, because nothing is
+live, it spends on drafter microbatches. So roles are decided on the device, and a slice that falls
+idle in the middle of a chunk trains for the rest of it.
 
 Axes: B rows of all slices, S cache length, W buffer row length.
 """
@@ -24,7 +24,7 @@ from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import SLICE
-from tlt_jax.speculation import Models, RolloutState, RoundStats, Sampler, run_rounds
+from tlt_jax.speculation import Models, RolloutState, RoundStats, run_rounds
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import Strategy
 
@@ -67,19 +67,11 @@ def state_shardings(mesh: Mesh, *, keep_features: bool) -> RolloutState:
     rows = sharding.per_slice(mesh)
     axes = ("rows", "kv_heads", None, None)
     heads = NamedSharding(mesh, sharding.spec(axes, sharding.ROLLOUT_RULES))
-    return RolloutState(
-        tokens=rows,
-        log_probs=rows,
-        cache=heads,
-        features=rows if keep_features else None,
-        draft_cache=heads if keep_features else None,
-        length=rows,
-        draft_length=rows,
-        limit=rows,
-        live=rows,
-        stored=rows,
-        sequence_ids=rows,
-    )
+    held: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(RolloutState)), rows)
+    held["cache"] = heads
+    held["features"] = rows if keep_features else None
+    held["draft_cache"] = heads if keep_features else None
+    return RolloutState(**held)
 
 
 def _slice_program(function: Callable[..., Any], mesh: Mesh, specs: Any, out: Any) -> Any:
@@ -143,9 +135,7 @@ def chunk_program(
     def chunk(target, state, buffer, sampler, orders, rows):
         with jax.named_scope("rollout"):
             models = Models(target=target, draft=None if state is None else state.params)
-            rows, stats = run_rounds(
-                models, config, kind.strategy, sampler, rows, orders.rounds
-            )
+            rows, stats = run_rounds(models, config, kind.strategy, sampler, rows, orders.rounds)
         version = jnp.int32(0) if state is None else state.version
         if buffer is not None:
             own = jax.tree.map(lambda x: x[0], buffer)
@@ -209,23 +199,27 @@ def train_in_spare_time(
     return spot_training.apply(drafter_config, state, total), taken, total.loss / total.weight
 
 
-def store_finished(
-    buffer: DrafterBuffer, rows: RolloutState
-) -> tuple[DrafterBuffer, RolloutState]:
+def store_finished(buffer: DrafterBuffer, rows: RolloutState) -> tuple[DrafterBuffer, RolloutState]:
     """Moves rows that ended into the slice's buffer, features included.
 
     The last token's feature was never computed, so length - 1 tokens are stored.
     """
+    features = _present(rows.features)
     ended = ~rows.live & ~rows.stored
     buffer = jax.lax.cond(
         jnp.any(ended),
         lambda b: buffer_lib.insert_many(
-            b, rows.tokens, rows.features, jnp.where(ended, rows.length - 1, 0)
+            b, rows.tokens, features, jnp.where(ended, rows.length - 1, 0)
         ),
         lambda b: b,
         buffer,
     )
-    return buffer, rows.replace(stored=rows.stored | ended)
+    return buffer, dataclasses.replace(rows, stored=rows.stored | ended)
+
+
+def _present(features: jax.Array | None) -> jax.Array:
+    assert features is not None, "rows without features cannot train a drafter"
+    return features
 
 
 def shrink_program(mesh: Mesh, *, rows: int, keep_features: bool) -> Any:
@@ -253,7 +247,8 @@ def grow_program(mesh: Mesh, *, length: int, keep_features: bool) -> Any:
         return LayerCache(k=pad(cache.k, 2), v=pad(cache.v, 2))
 
     def grow(state: RolloutState) -> RolloutState:
-        return state.replace(
+        return dataclasses.replace(
+            state,
             tokens=pad(state.tokens, 1),
             log_probs=pad(state.log_probs, 1),
             cache=tuple(pad_cache(layer) for layer in state.cache),

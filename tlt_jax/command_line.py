@@ -18,8 +18,14 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and plots go.")
 
 
-def start(argv: list[str]) -> tuple[config_lib.RunConfig, pathlib.Path]:
+def start(
+    argv: list[str],
+    *,
+    slices: Callable[[config_lib.RunConfig], int] = lambda config: config.mesh.slices,
+) -> tuple[config_lib.RunConfig, pathlib.Path]:
     """Validated config and a writable workdir; also sets up the devices the config asks for.
+
+    `slices(config)` says how many slices the largest mesh has that will be made.
 
     Raises:
       UserError: a stray argument, a missing flag, a bad config, or a workdir that cannot be used.
@@ -31,7 +37,9 @@ def start(argv: list[str]) -> tuple[config_lib.RunConfig, pathlib.Path]:
     if not WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/quickstart.")
     config = parse(CONFIG.value)
-    set_up_devices(config)
+    set_up_devices(
+        slices(config) * config.mesh.tensor, one_core_each=config.mesh.one_core_per_slice
+    )
     return config, usable_workdir(WORKDIR.value)
 
 
@@ -41,18 +49,18 @@ def parse(values: config_dict.ConfigDict) -> config_lib.RunConfig:
     return config_lib.validate(config_lib.from_mapping(config_lib.RunConfig, plain))
 
 
-def set_up_devices(config: config_lib.RunConfig) -> None:
-    """On CPU, makes one host device per mesh position; must run before JAX starts its backend.
+def set_up_devices(count: int, *, one_core_each: bool) -> None:
+    """On CPU, makes `count` host devices; must run before JAX starts its backend.
 
-    With `config.mesh.one_core_per_slice`, XLA runs each device's matmuls on one thread, so that
-    slices are comparable and an idle slice does not lend its core to its neighbour.
+    With `one_core_each`, XLA runs each device's matmuls on one thread, so that slices are
+    comparable and an idle slice does not lend its core to its neighbour.
     """
-    if jax.config.jax_platforms not in (None, "", "cpu"):
+    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
         return
-    jax.config.update("jax_num_cpu_devices", config.mesh.slices * config.mesh.tensor)
-    if config.mesh.one_core_per_slice:
-        set_flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{set_flags} --xla_cpu_multi_thread_eigen=false".strip()
+    jax.config.update("jax_num_cpu_devices", count)
+    if one_core_each:
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_multi_thread_eigen=false".strip()
 
 
 def usable_workdir(path: str) -> pathlib.Path:

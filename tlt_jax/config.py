@@ -26,7 +26,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """Shape of the decoder: Qwen2/2.5 (`qkv_bias`), Qwen3 (`qk_norm`) or Llama 3 (`rope_scaling`)."""
+    """Shape of a decoder: Qwen2/2.5 has `qkv_bias`, Qwen3 `qk_norm`, Llama 3 `rope_scaling`."""
 
     vocab_size: int = 64
     num_layers: int = 16
@@ -186,6 +186,24 @@ class WarmStartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Comparison of rollout modes (`python -m tlt_jax.benchmark`).
+
+    Batches are drawn until plain decoding has made `min_tokens` tokens. `small_batch` sequences
+    make the second workload: the tail. `near_tie` is the largest gap between the two best noisy
+    logits that rounding may decide differently in two modes.
+    """
+
+    repeats: int = 5
+    min_tokens: int = 20_000
+    small_batch: int = 4
+    depths: tuple[int, ...] = (2, 4, 8)
+    other_slices: tuple[int, ...] = (1, 4)
+    other_chunk_tokens: int = 24
+    near_tie: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a command line needs; `warm_start_dir` "" starts from random parameters."""
 
@@ -200,6 +218,7 @@ class RunConfig:
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -362,11 +381,6 @@ def _validate_training(config: RunConfig) -> None:
         learner.decay in ("constant", "cosine", "linear"),
         f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
     )
-    _require(
-        config.rollout.temperature > 0,
-        "config.rollout.temperature is 0, which gives every group equal responses; "
-        "RL training needs it above 0.",
-    ) if config.num_steps > 0 else None
     for name in ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "ffn_width"):
         value = getattr(drafter, name)
         _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")

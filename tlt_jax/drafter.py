@@ -97,9 +97,7 @@ def decode(
     written = []
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mixed, new = attention.cached(
-            q, k, v, cache, lengths, backend=config.attention_backend
-        )
+        mixed, new = attention.cached(q, k, v, cache, lengths, backend=config.attention_backend)
         written.append(new)
         return mixed
 

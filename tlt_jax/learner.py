@@ -7,6 +7,7 @@ the same for few and many), and scatters gradients back to their shards.
 Axes: M microbatches, R rows, W row length, V vocabulary.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,9 @@ def schedule(config: LearnerConfig, num_steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
     }[config.decay]
-    rise = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, warmup)
+    rise = optax.linear_schedule(
+        config.learning_rate / max(warmup, 1), config.learning_rate, warmup
+    )
     return optax.join_schedules([rise, after], [warmup])
 
 
@@ -80,7 +83,8 @@ def state_shardings(mesh: Mesh, config: PolicyConfig, tx: optax.GradientTransfor
         params,
         transform_non_params=lambda _: sharding.replicated(mesh),
     )
-    return LearnerState(params=params, opt_state=opt_state, step=sharding.replicated(mesh))
+    held: dict[str, Any] = {"params": params, "opt_state": opt_state}
+    return LearnerState(**held | {"step": sharding.replicated(mesh)})
 
 
 def init_state(
@@ -213,7 +217,7 @@ def update_program(
         metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     def update(state, reference, sampler, batch, count):
         old = None
@@ -222,8 +226,6 @@ def update_program(
             old = score(gathered, sampler, batch, count)
         for _ in range(learner.updates_per_step):
             state, metrics = one_update(state, reference, sampler, batch, count, old)
-        return state.replace(step=state.step + 1), metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-    return jax.jit(
-        update, donate_argnums=0, out_shardings=(held, sharding.replicated(mesh))
-    )
+    return jax.jit(update, donate_argnums=0, out_shardings=(held, sharding.replicated(mesh)))

@@ -4,7 +4,7 @@ Axes: M microbatches, R rows per microbatch, W row length.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,14 +12,17 @@ from tlt_jax.types import INVALID
 
 
 class PackedBatch(NamedTuple):
-    """Rows of several sequences. Entry i of a row speaks of token i as a *target*."""
+    """Rows of several sequences, on the host or on devices.
 
-    tokens: np.ndarray  # [M, R, W] int32
-    positions: np.ndarray  # [M, R, W] int32, restarting with each segment
-    segment_ids: np.ndarray  # [M, R, W] int32, INVALID where empty
-    behaviour: np.ndarray  # [M, R, W] float32, log-probability when sampled
-    advantages: np.ndarray  # [M, R, W] float32
-    weights: np.ndarray  # [M, R, W] float32, summing to one over the batch; 0 on prompts
+    Entry i of a row speaks of token i as a *target*.
+    """
+
+    tokens: Any  # [M, R, W] int32
+    positions: Any  # [M, R, W] int32, restarting with each segment
+    segment_ids: Any  # [M, R, W] int32, INVALID where empty
+    behaviour: Any  # [M, R, W] float32, log-probability when sampled
+    advantages: Any  # [M, R, W] float32
+    weights: Any  # [M, R, W] float32, summing to one over the batch; 0 on prompts
 
 
 def token_weights(lengths: Sequence[int], aggregation: str) -> np.ndarray:

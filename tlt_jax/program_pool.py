@@ -11,9 +11,7 @@ import jax
 
 def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays, to compile for without holding data."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 class ProgramPool:

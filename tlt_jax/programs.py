@@ -5,10 +5,12 @@ rows per slice and cache length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -60,13 +62,13 @@ class RolloutPrograms:
             params=sampling.make_params(
                 config.temperature, config.top_k, config.top_p, filtered=config.filtered
             ),
-            stop_tokens=np.asarray(stop_tokens, np.int32),
+            stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
         )
         return jax.device_put(made, sharding.replicated(self.mesh))
 
     def orders(self, *, rounds: int, index: int) -> ChunkOrders:
         """One chunk's orders as device data."""
-        made = ChunkOrders(rounds=np.int32(rounds), index=np.int32(index))
+        made = ChunkOrders(rounds=jnp.int32(rounds), index=jnp.int32(index))
         return jax.device_put(made, sharding.replicated(self.mesh))
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
@@ -113,12 +115,12 @@ class RolloutPrograms:
                 shapes = self._state_shapes(target, rows, length)
                 for kind in self._kinds(rows):
                     arguments = (target, drafter_state, buffer, sampler, orders, shapes)
-                    jobs.append(lambda k=kind, a=arguments: self._chunk(k, a))
+                    jobs.append(functools.partial(self._chunk, kind, arguments))
                 if length != self.rollout.length_buckets[-1]:
-                    jobs.append(lambda s=shapes: self._grow(s))
+                    jobs.append(functools.partial(self._grow, shapes))
                 if rows != buckets[-1]:
                     smaller = buckets[buckets.index(rows) + 1]
-                    jobs.append(lambda s=shapes, b=smaller: self._shrink(s, b))
+                    jobs.append(functools.partial(self._shrink, shapes, smaller))
         batch = self._batch_shapes(self.first_rows)
         jobs.append(lambda: self._prefill(target, batch))
         self.pool.warm_up(jobs)

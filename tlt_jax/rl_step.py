@@ -1,7 +1,7 @@
 """One RL step.
 
-    prompts -> rollout (idle slices train the drafter; rewards on host threads while it runs)
-            -> advantages -> policy update -> weights to the rollout layout
+prompts -> rollout (idle slices train the drafter; rewards on host threads while it runs)
+        -> advantages -> policy update -> weights to the rollout layout
 """
 
 import concurrent.futures
@@ -93,6 +93,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     rewarded = time.monotonic()
     batch, count = make_batch(machinery.config, result.responses, rewards)
     learner_state, update = run_update(machinery, state, batch, count)
+    told = {name: float(value) for name, value in sharding.to_host(update)._asdict().items()}
     learned = time.monotonic()
     rollout_params = jax.block_until_ready(machinery.reshard(learner_state.params))
     ended = time.monotonic()
@@ -113,7 +114,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
             microbatch_seconds=machinery.microbatch_seconds,
             rollout_seconds=seconds["rollout"],
         ),
-        **_update_metrics(machinery, update, state.steps_done),
+        **_update_metrics(machinery.config, told, state.steps_done),
         "seconds": seconds,
         "compiles": machinery.programs.pool.compiled - compiled,
     }
@@ -166,9 +167,7 @@ def make_batch(
 ) -> tuple[packing.PackedBatch, int]:
     """Packed microbatches of a step, padded to the most there can be, and how many there are."""
     grouped = jnp.asarray(rewards).reshape(-1, config.rollout.group_size)
-    advantage = advantages.group_relative(
-        grouped, normalize=config.learner.normalize_advantages
-    )
+    advantage = advantages.group_relative(grouped, normalize=config.learner.normalize_advantages)
     packed = packing.pack(
         [r.tokens for r in responses],
         [r.prompt_length for r in responses],
@@ -194,11 +193,10 @@ def most_microbatches(config: RunConfig) -> int:
 def run_update(
     machinery: Machinery, state: RunState, batch: packing.PackedBatch, count: int
 ) -> tuple[LearnerState, learner.UpdateMetrics]:
-    """The policy update; returns once it is done."""
+    """The policy update; its metrics are still on the device."""
     arguments = update_arguments(machinery, state, batch, count)
     program = update_program(machinery, arguments)
-    new_state, update = program(*arguments)
-    return new_state, jax.tree.map(float, sharding.to_host(update))
+    return program(*arguments)
 
 
 def update_arguments(
@@ -234,22 +232,10 @@ def update_program(machinery: Machinery, arguments: tuple[Any, ...]) -> Any:
 def rollout_layout(mesh: jax.sharding.Mesh, config: RunConfig) -> Any:
     """The jitted program that copies policy parameters into the rollout layout."""
     specs = policy.param_specs(config.policy)
-    return sharding.resharder(
-        sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES)
-    )
+    return sharding.resharder(sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES))
 
 
-def _update_metrics(
-    machinery: Machinery, update: learner.UpdateMetrics, step: int
-) -> dict[str, float]:
-    config = machinery.config
-    count = step * config.learner.updates_per_step
-    return {
-        "policy_loss": update.loss,
-        "kl": update.kl,
-        "clip_share": update.clip_share,
-        "grad_norm": update.grad_norm,
-        "learning_rate": float(learner.schedule(config.learner, config.num_steps)(count)),
-        "logprob_gap_mean": update.logprob_gap_mean,
-        "logprob_gap_max": update.logprob_gap_max,
-    }
+def _update_metrics(config: RunConfig, told: dict[str, float], step: int) -> dict[str, float]:
+    rate = learner.schedule(config.learner, config.num_steps)
+    named = {"policy_loss" if name == "loss" else name: value for name, value in told.items()}
+    return named | {"learning_rate": float(rate(step * config.learner.updates_per_step))}

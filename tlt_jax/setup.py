@@ -129,7 +129,7 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
         f"compiled {programs.pool.compiled} programs in {time.monotonic() - began:.0f}s",
         flush=True,
     )
-    if not programs.training:
+    if state.drafter is None or state.buffer is None:
         return machinery
     seconds = calibration.microbatch_seconds(
         programs, state.rollout_params, state.drafter, state.buffer

@@ -87,9 +87,7 @@ def _is_spec(leaf: Any) -> bool:
 
 def tree_shardings(specs: Any, mesh: Mesh, rules: dict[str | None, str | None]) -> Any:
     """NamedSharding for every `ParamSpec` of a tree."""
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, spec(s.axes, rules)), specs, is_leaf=_is_spec
-    )
+    return jax.tree.map(lambda s: NamedSharding(mesh, spec(s.axes, rules)), specs, is_leaf=_is_spec)
 
 
 def tree_shapes(specs: Any, dtype: jnp.dtype) -> Any:

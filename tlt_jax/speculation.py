@@ -15,6 +15,7 @@ What a round writes beyond the committed tokens is overwritten by the next one. 
 Axes: B rows, S cache length, D width, d draft depth, V vocabulary.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -99,6 +100,12 @@ def _put(whole: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     return jax.vmap(place)(whole, new, starts)
 
 
+def _draft_rows(state: RolloutState) -> tuple[jax.Array, LayerCache]:
+    """Features and drafter cache of rows that a drafter takes part in."""
+    assert state.features is not None and state.draft_cache is not None
+    return state.features, state.draft_cache
+
+
 def refresh_draft_cache(
     models: Models, config: PolicyConfig, strategy: Strategy, state: RolloutState
 ) -> RolloutState:
@@ -109,6 +116,7 @@ def refresh_draft_cache(
     """
     if strategy.is_plain:
         return state
+    features, draft_cache = _draft_rows(state)
     lag = state.length - 1 - state.draft_length
     stale = jnp.any(state.live & (lag > strategy.verify_tokens))
 
@@ -117,12 +125,13 @@ def refresh_draft_cache(
         _, cache = drafter.decode(
             models.draft,
             config,
-            state.features,
+            features,
             policy.embed(models.target, following),
-            state.draft_cache,
+            draft_cache,
             jnp.zeros_like(state.length),
         )
-        return state.replace(draft_cache=cache, draft_length=jnp.maximum(state.length - 2, 0))
+        known = jnp.maximum(state.length - 2, 0)
+        return dataclasses.replace(state, draft_cache=cache, draft_length=known)
 
     return jax.lax.cond(stale, refresh, lambda s: s, state)
 
@@ -147,13 +156,14 @@ def draft_chain(
       Drafts [B, d] int32 and the drafter's written cache.
     """
     depth = noise.shape[1]
+    features, cache = _draft_rows(state)
     start = state.draft_length
     estimates, cache = drafter.decode(
         models.draft,
         config,
-        _window(state.features, start, depth + 1),
+        _window(features, start, depth + 1),
         policy.embed(models.target, _window(state.tokens, start + 1, depth + 1)),
-        state.draft_cache,
+        cache,
         start,
     )
     newest = jnp.clip(state.length - 2 - start, 0, depth)
@@ -161,7 +171,9 @@ def draft_chain(
     drafts = []
     for index in range(depth):
         logits = policy.logits(models.target, hidden[:, 0])
-        drafts.append(sampling.pick(sampling.process_logits(logits, params), noise[:, index], params))
+        drafts.append(
+            sampling.pick(sampling.process_logits(logits, params), noise[:, index], params)
+        )
         if index + 1 < depth:
             embedded = policy.embed(models.target, drafts[-1][:, None])
             slot = state.length - 1 + index
@@ -216,11 +228,9 @@ def run_round(
     drafts = jnp.zeros((query.shape[0], 0), jnp.int32)
     if not strategy.is_plain:
         with jax.named_scope("draft"):
-            drafts, draft_cache = draft_chain(
-                models, config, sampler.params, noise[:, :-1], state
-            )
+            drafts, draft_cache = draft_chain(models, config, sampler.params, noise[:, :-1], state)
         query = jnp.concatenate([query, drafts], axis=1)
-        state = state.replace(draft_cache=draft_cache, draft_length=pending)
+        state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=pending)
 
     with jax.named_scope("verify"):
         hidden, _, cache = policy.decode(models.target, config, query, state.cache, pending)
@@ -234,14 +244,13 @@ def run_round(
         row_rounds=stats.row_rounds + jnp.sum(state.live),
         committed=stats.committed + jnp.sum(count),
         accepted=stats.accepted
-        + jnp.sum(
-            state.live[:, None] & (accepted[:, None] > jnp.arange(strategy.depth)), axis=0
-        ),
+        + jnp.sum(state.live[:, None] & (accepted[:, None] > jnp.arange(strategy.depth)), axis=0),
     )
     features = state.features
     if features is not None:
         features = _put(features, hidden, pending)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         tokens=_put(state.tokens, taken, state.length),
         log_probs=_put(state.log_probs, log_probs, state.length),
         cache=cache,

@@ -63,9 +63,7 @@ def loss_sum(
     distribution, both at h[t + 1]. No gradient reaches the target's embedding and head.
     """
     target_params = jax.lax.stop_gradient(target_params)
-    pairs = drafter.training_pairs(
-        microbatch.tokens, microbatch.features, microbatch.segment_ids
-    )
+    pairs = drafter.training_pairs(microbatch.tokens, microbatch.features, microbatch.segment_ids)
     estimates = drafter.packed_forward(
         params,
         policy_config,

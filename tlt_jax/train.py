@@ -27,7 +27,7 @@ from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step
 from tlt_jax.types import UserError
 
 # A resumed run may differ from the stopped one in these and still end with the same parameters.
-MAY_CHANGE = ("checkpoint",)
+MAY_CHANGE = ("benchmark", "checkpoint")
 
 
 class RunLog:

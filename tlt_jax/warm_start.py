@@ -50,7 +50,9 @@ def policy_optimizer(config: RunConfig) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
-def policy_step(params: Any, opt_state: Any, batch: dict[str, jax.Array], config: RunConfig):
+def policy_step(
+    params: Any, opt_state: Any, batch: dict[str, jax.Array], config: RunConfig
+) -> tuple[Any, Any, jax.Array]:
     """One supervised update; returns parameters, optimizer state and loss."""
     loss, gradients = jax.value_and_grad(supervised_loss)(params, config, batch)
     updates, opt_state = policy_optimizer(config).update(gradients, opt_state, params)
@@ -63,7 +65,7 @@ def drafter_step(
     target_params: Any,
     batch: dict[str, jax.Array],
     config: RunConfig,
-):
+) -> tuple[spot_training.DrafterState, jax.Array]:
     """One drafter update on the policy's features of a batch; returns state and mean loss."""
     features, _ = policy.packed_forward(
         target_params, config.policy, batch["tokens"], batch["positions"], batch["segment_ids"]

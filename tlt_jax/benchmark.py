@@ -1,0 +1,310 @@
+"""Compares rollout modes side by side: same prompts, keys and weights, in one process.
+
+    python -m tlt_jax.benchmark --config=configs/quickstart.py --workdir=runs/quickstart
+
+Takes the weights of the run in the workdir if it has ended, else those of its warm start. Every
+mode first runs all batches once, untimed: that compiles its programs and gives the tokens to
+compare. Then timed modes take turns. Prints a table and writes `benchmark.json`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app
+
+from tlt_jax import (
+    chunk,
+    command_line,
+    comparison,
+    drafter,
+    metrics,
+    policy,
+    rl_step,
+    rollout,
+    setup,
+    sharding,
+    weights,
+)
+from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
+from tlt_jax.programs import RolloutPrograms
+from tlt_jax.reporting.writers import write_atomically
+from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
+
+FIRST_BATCH = 1_000_000  # prompts that training does not reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way of running the same rollout."""
+
+    name: str
+    rollout: RolloutConfig
+    slices: int
+    timed: bool = False
+    training: bool = False  # idle slices train, at learning rate 0: the price without the gain
+
+
+@dataclasses.dataclass
+class Runner:
+    """A mode's programs and weights, and what was measured with them."""
+
+    mode: Mode
+    config: RunConfig
+    programs: RolloutPrograms
+    target: Any
+    draft: Any  # drafter parameters, None for plain decoding
+    stop_tokens: tuple[int, ...]
+    seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
+    chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
+
+    def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
+        """One rollout and its seconds; copies of drafter and buffer are made outside of them."""
+        state = buffer = None
+        if self.draft is not None:
+            state = setup.drafter_state(self.config, self.programs.mesh, self.draft)
+        if self.mode.training:
+            buffer = chunk.empty_buffers(
+                self.programs.mesh, self.config.policy, self.config.drafter
+            )
+        jax.block_until_ready((state, buffer))
+        start = time.perf_counter()
+        result = rollout.run(
+            self.programs, self.target, state, buffer, prompts, key, stop_tokens=self.stop_tokens
+        )
+        return result, time.perf_counter() - start
+
+
+def modes(config: RunConfig, batch: int) -> list[Mode]:
+    """Modes compared on batches of `batch` sequences; the first one is plain decoding."""
+    group = min(config.rollout.group_size, batch)
+    base = dataclasses.replace(
+        config.rollout, prompts_per_step=batch // group, group_size=group, speculate=True
+    )
+    slices = config.mesh.slices
+    fixed = [
+        Mode(f"chain-{depth}", _fixed_depth(base, depth), slices, timed=True)
+        for depth in config.benchmark.depths
+    ]
+    plain = dataclasses.replace(base, speculate=False)
+    compared = [
+        Mode("plain", plain, slices, timed=True),
+        *fixed,
+        Mode("by bucket", base, slices, timed=True),
+        Mode("by bucket + idle training", base, slices, timed=slices > 1, training=slices > 1),
+    ]
+    others = [count for count in config.benchmark.other_slices if batch % count == 0]
+    chunked = dataclasses.replace(base, chunk_tokens=config.benchmark.other_chunk_tokens)
+    return [
+        *compared,
+        *[Mode(f"plain, {count} slices", plain, count) for count in others],
+        *[Mode(f"by bucket, {count} slices", base, count) for count in others],
+        Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
+    ]
+
+
+def _fixed_depth(base: RolloutConfig, depth: int) -> RolloutConfig:
+    longest = max(base.max_length + depth + 1, base.length_buckets[-1])
+    lengths = (*base.length_buckets[:-1], longest)
+    return dataclasses.replace(
+        base, depths=(depth,) * len(base.row_buckets), length_buckets=lengths
+    )
+
+
+def make_runner(
+    mode: Mode, config: RunConfig, target: Any, draft: Any, stop: tuple[int, ...]
+) -> Runner:
+    """Lays out a mode's weights on its mesh; compiles nothing yet."""
+    rows = -(-mode.rollout.num_sequences // mode.slices)
+    widest = mode.rollout
+    if rows > widest.row_buckets[0]:
+        widest = dataclasses.replace(
+            widest,
+            row_buckets=(rows, *widest.row_buckets),
+            depths=(widest.depths[0], *widest.depths),
+        )
+    mesh_config = MeshConfig(slices=mode.slices, tensor=config.mesh.tensor)
+    drafter_config = dataclasses.replace(config.drafter, learning_rate=0.0)
+    config = dataclasses.replace(config, mesh=mesh_config, rollout=widest, drafter=drafter_config)
+    mesh = sharding.make_mesh(mesh_config)
+    programs = RolloutPrograms(
+        mesh=mesh,
+        policy=config.policy,
+        rollout=widest,
+        drafter=config.drafter,
+        drafting=widest.speculate,
+        training=mode.training,
+    )
+    return Runner(
+        mode=mode,
+        config=config,
+        programs=programs,
+        target=rl_step.rollout_layout(mesh, config)(target),
+        draft=draft if widest.speculate else None,
+        stop_tokens=stop,
+    )
+
+
+def load_weights(config: RunConfig, workdir: pathlib.Path) -> tuple[Any, Any, str]:
+    """Policy and drafter parameters of the workdir's run or of the warm start, and which."""
+    path = workdir / "policy.safetensors"
+    if not path.exists():
+        origin = config.warm_start_dir or "random initial weights"
+        return setup.initial_policy(config), setup.initial_drafter(config), origin
+    dtype = config.policy.dtype
+    draft_specs = drafter.param_specs(config.policy, config.drafter)
+    return (
+        weights.load(path, policy.param_specs(config.policy), dtype=dtype),
+        weights.load(workdir / "drafter" / "drafter.safetensors", draft_specs, dtype=dtype),
+        str(workdir),
+    )
+
+
+def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
+    """Both workloads; returns what is written to `benchmark.json`."""
+    task, prompts = setup.load_task(config)
+    target, draft, origin = load_weights(config, workdir)
+    stop = (task.tokenizer.eos_id,)
+    workloads = []
+    for batch in dict.fromkeys((config.rollout.num_sequences, config.benchmark.small_batch)):
+        runners = [make_runner(mode, config, target, draft, stop) for mode in modes(config, batch)]
+        workload = compare(config, runners, prompts, batch)
+        print(table(workload), flush=True)
+        workloads.append(workload)
+    results = {
+        "weights": origin,
+        "repeats": config.benchmark.repeats,
+        "workloads": workloads,
+    }
+    write_atomically(workdir / "benchmark.json", (json.dumps(results, indent=2) + "\n").encode())
+    return results
+
+
+def compare(config: RunConfig, runners: list[Runner], prompts: Any, batch: int) -> dict[str, Any]:
+    """Runs all modes on batches of `batch` sequences and gathers their rows."""
+    batches: list[tuple[list[np.ndarray], jax.Array]] = []
+    expected: list[list[Response]] = []
+    tokens = 0
+    while tokens < config.benchmark.min_tokens:
+        index = len(batches)
+        batches.append(draw_batch(runners[0].mode.rollout, prompts, config.seed, index))
+        result, _ = runners[0].run(*batches[-1])
+        runners[0].chunks += result.chunks
+        expected.append(result.responses)
+        tokens += sum(len(r.response) for r in result.responses)
+    parted: dict[str, list[comparison.Parting]] = {runners[0].mode.name: []}
+    for runner in runners[1:]:
+        parted[runner.mode.name] = check_mode(config, runner, batches, expected)
+        print(f"  {runner.mode.name}: {len(parted[runner.mode.name])} mismatches", flush=True)
+    timed = [runner for runner in runners if runner.mode.timed]
+    for repeat in range(config.benchmark.repeats):
+        first = repeat % len(timed)
+        totals = dict.fromkeys(range(len(timed)), 0.0)
+        for drawn in batches:
+            for place in [*range(first, len(timed)), *range(first)]:
+                totals[place] += timed[place].run(*drawn)[1]
+        for place, seconds in totals.items():
+            timed[place].seconds.append(seconds)
+    rows = [mode_row(runner, tokens, runners[0], parted[runner.mode.name]) for runner in runners]
+    return {"batch": batch, "batches": len(batches), "tokens": tokens, "modes": rows}
+
+
+def draw_batch(
+    shape: RolloutConfig, prompts: Any, seed: int, index: int
+) -> tuple[list[np.ndarray], jax.Array]:
+    """Prompts, each repeated for its group, and the key of one batch."""
+    first = FIRST_BATCH + index * shape.prompts_per_step
+    drawn = [prompts[first + i]["prompt_ids"] for i in range(shape.prompts_per_step)]
+    asked = [prompt for prompt in drawn for _ in range(shape.group_size)]
+    return asked, jax.random.fold_in(jax.random.key(seed), FIRST_BATCH + index)
+
+
+def check_mode(
+    config: RunConfig,
+    runner: Runner,
+    batches: list[tuple[list[np.ndarray], jax.Array]],
+    expected: list[list[Response]],
+) -> list[comparison.Parting]:
+    """Runs a mode untimed on all batches; returns where its tokens part from the expected."""
+    found = []
+    for (prompts, key), wanted in zip(batches, expected, strict=True):
+        result, _ = runner.run(prompts, key)
+        runner.chunks += result.chunks
+        found += comparison.partings(
+            runner.target,
+            config.policy,
+            runner.programs.sampler(key, runner.stop_tokens),
+            wanted,
+            result.responses,
+            near_tie=config.benchmark.near_tie,
+            row_length=config.rollout.length_buckets[-1],
+        )
+    return found
+
+
+def mode_row(
+    runner: Runner, tokens: int, plain: Runner, parted: list[comparison.Parting]
+) -> dict[str, Any]:
+    """A mode's row of `benchmark.json`; times are None for modes that were only compared."""
+    row: dict[str, Any] = {
+        "mode": runner.mode.name,
+        "slices": runner.mode.slices,
+        "tokens": tokens,
+        "rounds": sum(max(record.rounds_run) for record in runner.chunks),
+        "accept_length": metrics.accept_length(runner.chunks),
+        "accept_by_position": metrics.accept_by_position(runner.chunks),
+        "mismatches": len(parted),
+        "explained_mismatches": sum(parting.explained for parting in parted),
+        "partings": [dataclasses.asdict(parting) for parting in parted],
+        "microbatches": sum(sum(record.microbatches) for record in runner.chunks),
+        "seconds": None,
+    }
+    if runner.seconds:
+        speedups = [p / s for p, s in zip(plain.seconds, runner.seconds, strict=True)]
+        median = float(np.median(runner.seconds))
+        row |= {
+            "seconds": median,
+            "seconds_all": runner.seconds,
+            "tokens_per_second": tokens / median,
+            "speedup": float(np.median(speedups)),
+            "speedup_min": min(speedups),
+            "speedup_max": max(speedups),
+        }
+    return row
+
+
+def table(workload: dict[str, Any]) -> str:
+    """The workload's rows as aligned text."""
+    lines = [
+        f"{workload['batches']} batches of {workload['batch']} sequences, "
+        f"{workload['tokens']} tokens",
+        f"{'mode':<28}{'seconds':>9}{'tokens/s':>10}{'speed-up (min-max)':>22}"
+        f"{'accept':>8}{'rounds':>8}{'mismatches':>12}{'explained':>11}",
+    ]
+    for row in workload["modes"]:
+        timing = f"{'-':>9}{'-':>10}{'-':>22}"
+        if row["seconds"] is not None:
+            spread = f"{row['speedup']:.2f}x ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"
+            timing = f"{row['seconds']:>9.2f}{row['tokens_per_second']:>10.0f}{spread:>22}"
+        lines.append(
+            f"{row['mode']:<28}{timing}{row['accept_length']:>8.2f}{row['rounds']:>8}"
+            f"{row['mismatches']:>12}{row['explained_mismatches']:>11}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    config, workdir = command_line.start(
+        argv, slices=lambda config: max(config.mesh.slices, *config.benchmark.other_slices)
+    )
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
+    benchmark(config, workdir)
+    print(f"wrote {workdir / 'benchmark.json'}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(command_line.guarded(main))
