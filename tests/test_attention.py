@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.verify_attention import verify_attention
 from tlt_jax import attention, kv_cache
 from tlt_jax.types import INVALID
 
@@ -106,6 +107,43 @@ def test_decoding_with_a_cache_is_the_packed_row(packed):
         np.testing.assert_allclose(found[:, 0], expected[:, index], atol=2e-6)
     np.testing.assert_array_equal(cache.k[:, :, :T], k.swapaxes(1, 2))
     np.testing.assert_array_equal(cache.v[:, :, :T], v.swapaxes(1, 2))
+
+
+def test_entries_that_one_query_alone_sees(packed):
+    """Two more keys for each query, as if the cache of every query were its own."""
+    q, k, v = _random_qkv()
+    rng = np.random.default_rng(1)
+    own = [tuple(jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.float32) for _ in range(2))]
+    own.append((own[0][1], own[0][0]))
+    mask = attention.packed_mask(jnp.asarray(SEGMENTS))
+    found = jax.jit(lambda *x: attention.packed(*x, mask, own=own))(q, k, v)
+    for b, t, n in ((0, 0, 1), (0, 5, 3), (1, 4, 0), (1, 8, 2)):
+        seen, kv = np.flatnonzero(mask[b, t]), n // (N // K)
+        keys = np.stack([*k[b, seen, kv], *(x[b, t, kv] for x, _ in own)]).astype(np.float64)
+        values = np.stack([*v[b, seen, kv], *(x[b, t, kv] for _, x in own)])
+        weights = np.exp(keys @ np.asarray(q[b, t, n]) / np.sqrt(H))
+        expected = weights @ values / weights.sum()
+        np.testing.assert_allclose(found[b, t, n], expected, atol=2e-6)
+
+
+def test_a_long_chain_reaches_the_kernel_in_blocks(monkeypatch):
+    """The kernel is played by the reference: only how the queries are cut is tested here."""
+    calls = []
+
+    def kernel(*arguments, backend):
+        assert backend == "tpu"
+        calls.append(arguments[0].shape[1])
+        return verify_attention(*arguments, backend="reference")
+
+    q, k, v = _random_qkv()
+    cache = kv_cache.empty(B, K, T + 3, H, jnp.dtype("float32"))
+    lengths = jnp.array([2, 3], jnp.int32)
+    expected, _ = _cached(q, k, v, cache, lengths)
+    monkeypatch.setattr(attention, "verify_attention", kernel)
+    monkeypatch.setattr(attention, "KERNEL_ROWS", 4 * (N // K))
+    found, _ = attention.cached(q, k, v, cache, lengths, backend="tpu")
+    assert calls == [4, 4, 1]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_rows_of_unequal_length_and_what_lies_beyond_them():

@@ -16,7 +16,6 @@ from tlt_jax.types import UserError
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 PROGRAM = """
-from absl import app
 from tlt_jax import command_line
 
 def main(argv):
@@ -24,7 +23,7 @@ def main(argv):
     import jax
     print(config.rollout.temperature, workdir, jax.device_count())
 
-app.run(command_line.guarded(main))
+command_line.run(main)
 """
 
 CONFIG = """
@@ -201,4 +200,4 @@ def test_other_errors_are_not_hidden():
         raise ValueError("a defect of the program")
 
     with pytest.raises(ValueError, match="a defect of the program"):
-        command_line.guarded(broken)([])
+        command_line._guarded(broken, [])

@@ -12,11 +12,17 @@ from tlt_jax.types import INVALID
 
 DRAFTER = DrafterConfig(ffn_width=20)
 T, D = 8, 16
-SEGMENTS = np.array([[4, 4, 4, 4, 7, 7, 7, 7], [5, 5, 5, 5, 5, 5, -1, -1]], np.int32)
+SEGMENTS = np.array([[0, 0, 0, 0, 7, 7, 7, 7], [5, 5, 5, 5, 5, 5, -1, -1]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
 
 _decode = jax.jit(drafter.decode, static_argnames="config")
-_packed = jax.jit(drafter.packed_forward, static_argnames="config")
+_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
+
+
+def _packed(*arguments):
+    """Estimates at depth 1, [B, T, D]."""
+    ((estimates, _),) = _steps(*arguments, steps=1)
+    return estimates
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_packed_forward_is_the_naive_layer_on_every_segment(params, tiny_config,
     weights = naive_decoder.unpack(params["layer"], tiny_config)
     eps = tiny_config.norm_eps
     fuse = np.asarray(params["fuse"], np.float64)
-    for row, segment in ((0, 4), (0, 7), (1, 5)):
+    for row, segment in ((0, 0), (0, 7), (1, 5)):
         here = SEGMENTS[row] == segment
         features, embedded = (x[row, here] for x in pairs)
         both = np.concatenate(
@@ -101,6 +107,39 @@ def test_each_row_has_its_own_first_pair(params, tiny_config, pairs):
         found, cache = _decode(params, tiny_config, *one, cache, starts + step)
         np.testing.assert_allclose(found[0, 0], expected[0, 3 + step], atol=1e-5)
         np.testing.assert_allclose(found[1, 0], expected[1, 6 + step], atol=1e-5)
+
+
+def test_deeper_steps_are_what_drafting_from_each_place_gives(params, tiny_config, pairs):
+    """From every place of a segment on: true pairs up to it, then the drafter's own estimates."""
+    steps = _steps(params, tiny_config, *pairs, POSITIONS, SEGMENTS, steps=3)
+    empty, zero = drafter.empty_cache(tiny_config, 1, T + 3), jnp.zeros((1,), jnp.int32)
+    for row, first, last in ((0, 0, 4), (0, 4, 8), (1, 0, 6)):
+        # The segment comes first; slots beyond a draft's start are overwritten before use.
+        features, embedded = (jnp.roll(x[row : row + 1], -first, axis=1) for x in pairs)
+        estimates, filled = _decode(params, tiny_config, features, embedded, empty, zero)
+        for start in range(last - first):
+            estimate, cache = estimates[:, start : start + 1], filled
+            np.testing.assert_allclose(steps[0][0][row, first + start], estimate[0, 0], atol=1e-5)
+            for depth in range(1, min(3, last - first - start)):
+                slot = start + depth
+                token = embedded[:, slot : slot + 1]
+                estimate, cache = _decode(
+                    params, tiny_config, estimate, token, cache, jnp.full((1,), slot, jnp.int32)
+                )
+                found = steps[depth][0][row, first + slot]
+                np.testing.assert_allclose(found, estimate[0, 0], atol=1e-5)
+
+
+def test_where_deeper_steps_exist_by_hand(params, tiny_config, pairs):
+    steps = _steps(params, tiny_config, *pairs, POSITIONS, SEGMENTS, steps=3)
+    real = SEGMENTS != INVALID
+    by_hand = [
+        [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]],
+        [[0, 1, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]],
+        [[0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]],
+    ]
+    for (_, exists), expected in zip(steps, by_hand, strict=True):
+        np.testing.assert_array_equal(exists & real, np.array(expected, bool))
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["feature", "token"])

@@ -42,6 +42,22 @@ def test_heads_stay_apart():
     assert np.count_nonzero(found.k) == k.size
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("rows", [kv_cache.UNROLLED_ROWS, kv_cache.UNROLLED_ROWS + 1])
+def test_few_and_many_rows_are_written_alike(rows, axis):
+    shape, new_shape = [rows, 3, 7, 2], [rows, 3, 7, 2]
+    new_shape[axis] = 2
+    whole, new = -_numbers(*shape), _numbers(*new_shape)
+    starts = jnp.arange(rows, dtype=jnp.int32) % (shape[axis] - 1)
+    found = kv_cache.put_rows(whole, new, starts, axis=axis)
+    expected = np.array(whole)
+    for row, start in enumerate(starts.tolist()):
+        np.moveaxis(expected[row], axis - 1, 0)[start : start + 2] = np.moveaxis(
+            np.asarray(new)[row], axis - 1, 0
+        )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_write_keeps_the_caches_dtype(dtype):
     cache, k = kv_cache.empty(1, 1, 3, 2, jnp.dtype(dtype)), jnp.full((1, 1, 1, 2), 1.0009765625)

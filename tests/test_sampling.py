@@ -104,20 +104,23 @@ def test_filters_by_hand(temperature, top_k, top_p, kept):
     assert np.asarray(found > sampling.MASKED).tolist() == [index < kept for index in range(4)]
 
 
-def test_temperature_zero_is_greedy():
+@pytest.mark.parametrize(("top_k", "top_p", "filtered"), [(0, 1.0, False), (3, 0.5, True)])
+def test_temperature_zero_is_greedy(top_k, top_p, filtered):
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.standard_normal((50, V)), jnp.float32)
     noise = 10 * jnp.asarray(rng.gumbel(size=(50, V)), jnp.float32)
-    for params in (_params(0.0, 0, 1.0), _params(0.0, 3, 0.5)):
-        processed = _process(logits, params)
-        found = _pick(processed, noise, params)
-        assert found.dtype == jnp.int32
-        np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
-        np.testing.assert_allclose(_log_probs(processed, found, params), 0.0, atol=1e-6)
+    params = sampling.make_params(0.0, top_k, top_p, filtered=filtered)
+    processed = _process(logits, params)
+    found = _pick(processed, noise, params)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
+    np.testing.assert_allclose(_log_probs(processed, found, params), 0.0, atol=1e-6)
 
 
-def test_no_filter_is_a_neutral_filter():
-    logits = jnp.asarray(np.random.default_rng(2).standard_normal((20, V)), jnp.float32)
+@pytest.mark.parametrize("scale", [1, 20], ids=["flat", "peaked"])
+def test_no_filter_is_a_neutral_filter(scale):
+    # Peaked: what comes after the first token holds less than float32 tells from zero.
+    logits = scale * jnp.asarray(np.random.default_rng(2).standard_normal((20, V)), jnp.float32)
     plain = sampling.make_params(0.8, 0, 1.0, filtered=False)
     np.testing.assert_array_equal(_process(logits, plain), logits)
     np.testing.assert_array_equal(_process(logits, _params(0.8, 0, 1.0)), logits)

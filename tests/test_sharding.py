@@ -91,17 +91,41 @@ def test_a_spec_needs_one_axis_per_dimension():
 
 @pytest.fixture(scope="module")
 def specs(even_config):
-    return policy.param_specs(dataclasses.replace(even_config, num_layers=1))
+    return policy.param_specs(even_config)
+
+
+@pytest.mark.parametrize(
+    ("name", "rollout", "train"),
+    [
+        ("qkv", (16, 1, 4, 4), (8, 1, 4, 4)),  # [D, K, G + 2, H]
+        ("qkv_bias", (1, 4, 4), (1, 4, 4)),
+        ("out", (1, 2, 4, 16), (1, 2, 4, 8)),  # [K, G, H, D]
+        ("gate_up", (16, 2, 12), (8, 2, 12)),  # [D, 2, F]
+        ("down", (12, 16), (12, 8)),
+        ("ffn_norm", (16,), (8,)),
+        ("q_norm", (4,), (4,)),
+    ],
+)
+def test_what_a_device_holds_of_a_layer(mesh, specs, name, rollout, train):
+    layer = specs["layers"][1]
+    for rules, shape in ((ROLLOUT_RULES, rollout), (TRAIN_RULES, train)):
+        held = sharding.tree_shardings(layer, mesh, rules)[name]
+        assert held.shard_shape(layer[name].shape) == shape
 
 
 @pytest.fixture(scope="module")
-def trained(mesh, specs):
+def trained_specs(specs):
+    return {name: specs[name] for name in ("embed", "head", "norm")}
+
+
+@pytest.fixture(scope="module")
+def trained(mesh, trained_specs):
     """Initial parameters made in training layout, and the same made without a mesh."""
 
     def init(key):
-        return sharding.tree_init(specs, key, jnp.dtype("float32"))
+        return sharding.tree_init(trained_specs, key, jnp.dtype("float32"))
 
-    shardings = sharding.tree_shardings(specs, mesh, TRAIN_RULES)
+    shardings = sharding.tree_shardings(trained_specs, mesh, TRAIN_RULES)
     key = jax.random.key(1)
     return jax.jit(init, out_shardings=shardings)(key), jax.jit(init)(key)
 
@@ -112,17 +136,11 @@ def test_sharded_initial_values_are_the_plain_ones(trained):
     assert sharded["embed"].addressable_shards[0].data.shape == (6, 8)  # [V, D] = [12, 16]
     assert sharded["head"].addressable_shards[0].data.shape == (8, 6)
     assert sharded["norm"].addressable_shards[0].data.shape == (8,)
-    layer = sharded["layers"][0]
-    assert layer["qkv"].addressable_shards[0].data.shape == (8, 1, 4, 4)  # [D, K, G + 2, H]
-    assert layer["out"].addressable_shards[0].data.shape == (1, 2, 4, 8)
-    assert layer["gate_up"].addressable_shards[0].data.shape == (8, 2, 12)
-    assert layer["down"].addressable_shards[0].data.shape == (12, 8)
-    assert layer["q_norm"].addressable_shards[0].data.shape == (4,)
 
 
-def test_the_resharder_is_one_program_that_changes_no_value(mesh, specs, trained, caplog):
-    wanted = sharding.tree_shardings(specs, mesh, ROLLOUT_RULES)
-    reshard = sharding.resharder(wanted)
+def test_the_resharder_is_one_program_that_changes_no_value(mesh, trained_specs, trained, caplog):
+    wanted = sharding.tree_shardings(trained_specs, mesh, ROLLOUT_RULES)
+    reshard = sharding.resharder(wanted, "float32")
 
     def compiled_programs():
         return sum("Finished XLA compilation" in record.message for record in caplog.records)

@@ -17,22 +17,27 @@ from tlt_jax.config import DrafterConfig, MeshConfig
 from tlt_jax.spot_training import GradientSum
 
 CONFIG = DrafterConfig(
-    ffn_width=20, learning_rate=1e-2, buffer_rows=3, row_length=8, microbatch_rows=2
+    ffn_width=20,
+    learning_rate=1e-2,
+    buffer_rows=3,
+    row_length=8,
+    microbatch_rows=2,
+    window=8,
+    train_depth=2,
 )
 W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
 
-_packed = jax.jit(drafter.packed_forward, static_argnames="config")
-_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
-_add = jax.jit(spot_training.add_microbatch, static_argnames=("policy_config", "config"))
+_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
+_sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "window"))
 _accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
 _apply = jax.jit(spot_training.apply, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames="policy_config")
 def _evaluate(params, target, policy_config, microbatch):
-    """(loss, pairs), and the loss's gradients with respect to the drafter and to the target."""
+    """(loss, terms), and the loss's gradients with respect to the drafter and to the target."""
 
     def loss(params, target):
         return spot_training.loss_sum(params, target, policy_config, CONFIG, microbatch)
@@ -80,15 +85,15 @@ def _filled(sequences, *lengths, first=0):
 
 def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch):
     embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
-    estimates = _packed(params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS)
-    estimates, features, head = (
-        np.asarray(x, np.float64) for x in (estimates, microbatch.features, target["head"])
-    )
+    steps = _steps(params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS, steps=2)
+    estimates = [np.asarray(x, np.float64) for x, _ in steps]
+    features, head = (np.asarray(x, np.float64) for x in (microbatch.features, target["head"]))
     expected, count = 0.0, 0
-    for row, t in np.ndindex(2, W - 1):
-        if SEGMENTS[row, t] != SEGMENTS[row, t + 1]:
+    for depth, row, t in np.ndindex(2, 2, W - 1):
+        # Depth 1 drafts at t from pair t, depth 2 from pair t - 1: all lie in one segment.
+        if t < depth or len(set(SEGMENTS[row, t - depth : t + 2])) > 1:
             continue
-        estimate, truth = estimates[row, t], features[row, t + 1]
+        estimate, truth = estimates[depth][row, t], features[row, t + 1]
         distance = np.abs(estimate - truth)
         smooth = np.mean(np.where(distance < 1, distance**2 / 2, distance - 0.5))
         probs = np.exp(truth @ head) / np.sum(np.exp(truth @ head))
@@ -96,7 +101,7 @@ def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, micro
         expected += cross + CONFIG.feature_loss_weight * smooth
         count += 1
     (loss, weight), _ = _evaluate(params, target, tiny_config, microbatch)
-    assert count == 12 and float(weight) == 12
+    assert count == 21 and float(weight) == 21  # 12 pairs, of which 9 have one before them
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -117,7 +122,7 @@ def test_padding_and_the_step_between_segments_do_not_count(
         alone = _segment_alone(microbatch, row, place)
         (part, number), _ = _evaluate(params, target, tiny_config, alone)
         total, pairs = total + float(part), pairs + float(number)
-    assert pairs == float(weight) == 12
+    assert pairs == float(weight) == 21
     np.testing.assert_allclose(loss, total, rtol=1e-5)
 
 
@@ -136,10 +141,6 @@ def test_the_target_gets_no_gradient_and_all_of_the_drafter_does(
     for leaf in jax.tree.leaves(target_gradients):
         np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
-
-
-def _zero(params):
-    return spot_training.zero_sum(params)
 
 
 def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequences):
@@ -171,22 +172,27 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
         )
     )(params, target, stacked, counts)
 
-    one, slices = _zero(params), []
+    parts = []  # (loss, pairs, gradients) of every microbatch, slice by slice
     for index, buffer in enumerate(buffers):
-        own, own_key = _zero(params), jax.random.fold_in(key, index)
         for number in range(int(counts[index])):
-            draw_key = jax.random.fold_in(own_key, number)
-            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows)
-            one = _add(one, params, target, tiny_config, CONFIG, drawn)
-            own = _add(own, params, target, tiny_config, CONFIG, drawn)
-        slices.append(own)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), summed, one)
-    assert float(summed.weight) == float(one.weight) > 0
-
+            draw_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
+            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows, window=W)
+            (loss, pairs), (gradients, _) = _evaluate(params, target, tiny_config, drawn)
+            parts.append((loss, pairs, gradients))
+    loss, pairs, gradients = jax.tree.map(lambda *x: sum(x), *parts)
+    np.testing.assert_allclose(summed.loss, loss, rtol=1e-5)
+    assert float(summed.weight) == float(pairs) > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        summed.gradients,
+        gradients,
+    )
     # A mean of the slices' means is something else, so the test would see it.
-    means = [own.gradients["norm"] / own.weight for own in slices]
-    wrong, right = sum(means) / 2, one.gradients["norm"] / one.weight
-    assert np.max(np.abs(wrong - right)) > 1e-2
+    first, second = (
+        sum(part[2]["norm"] for part in own) / sum(part[1] for part in own)
+        for own in (parts[:3], parts[3:])
+    )
+    assert np.max(np.abs((first + second) / 2 - gradients["norm"] / pairs)) > 1e-2
 
 
 def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
@@ -195,7 +201,7 @@ def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
     state, key = spot_training.init_state(CONFIG, params), jax.random.key(0)
     for buffer, count in ((_filled(sequences, 0, 0), 3), (_filled(sequences, 8), 0)):
         total = _accumulate(params, target, tiny_config, CONFIG, buffer, key, jnp.int32(count))
-        jax.tree.map(np.testing.assert_array_equal, total, _zero(params))
+        jax.tree.map(np.testing.assert_array_equal, total, spot_training.zero_sum(params))
         jax.tree.map(np.testing.assert_array_equal, _apply(CONFIG, state, total), state)
 
 

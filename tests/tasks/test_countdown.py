@@ -51,6 +51,7 @@ def test_evaluate(text, value):
         (PROMPT, "myanswer 3 + 5 * 7", 0.0),
         (PROMPT, "answer ³ + 5 * 7", 0.0),
         (PROMPT, "answer 3 + 5 * 7 * 1 * 1", 0.0),
+        (PROMPT, "answer 35 + 21", 0.0),  # digits joined into words of the vocabulary
         (PROMPT, "answer", 0.0),
         (PROMPT, "", 0.0),
         (PROMPT, "answer __import__ + 1", 0.0),
@@ -62,7 +63,15 @@ def test_reward(prompt, response, expected):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "reach 5 6 with 3 :", "reach 5 with 3 5 :", "reach 5 6 with 3 1 2 x :", "with 5 6 reach"],
+    [
+        "",
+        "reach 5 6 with 3 :",
+        "reach 5 with 3 5 :",
+        "reach 56 with 3 5 7 :",
+        "reach 5 6 with 3 12 :",
+        "reach 5 6 with 3 1 2 x :",
+        "with 5 6 reach",
+    ],
 )
 def test_a_malformed_prompt_is_named(prompt):
     with pytest.raises(UserError, match="is no prompt of the task 'countdown'"):

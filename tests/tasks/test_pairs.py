@@ -9,34 +9,48 @@ from tlt_jax.tasks import pairs
 from tlt_jax.tasks.builder import NUM_TEST, NUM_TRAIN
 from tlt_jax.types import UserError
 
-PROMPT = "nums 1 4 2 5 3 7 goal 5 1 :"
-TWICE = "nums 2 5 1 0 2 5 goal 5 0 :"  # never drawn (two equal sums), but the rule is clear
+PROMPT = "nums 14 25 37 goal 51 :"
+SMALL = "nums 4 25 37 goal 41 :"  # never drawn, but the rule is clear, as it is for the next
+TWICE = "nums 25 10 25 goal 50 :"
 
 
 @pytest.mark.parametrize(
     ("prompt", "response", "expected"),
     [
-        (PROMPT, "answer 1 4 3 7", 1.0),
-        (PROMPT, "answer 3 7 1 4", 1.0),
-        (PROMPT, "try 1 4 + 2 5 : 0 9 , 3 9 no answer answer 3 7 1 4", 1.0),
-        (PROMPT, "try 1 4 + 3 7 : 1 1 , 5 1 yes", 0.0),  # no answer
-        (PROMPT, "answer 1 4 2 5", 0.0),  # wrong sum
-        (PROMPT, "answer 2 6 2 5", 0.0),  # right sum of numbers that are not there
-        (PROMPT, "answer 1 4 3 7 .", 0.0),  # trailing junk
-        (PROMPT, "answer 1 4 3 7 ", 0.0),
-        (PROMPT, "answer 1 4 3 7 7", 0.0),
-        (PROMPT, "1 4 3 7 answer", 0.0),  # wrong order of words
-        (PROMPT, "answer 4 1 7 3", 0.0),  # digits swapped
-        (PROMPT, "answer 14 37", 0.0),
-        (PROMPT, "answer 1 4 3  7", 0.0),
-        (PROMPT, "myanswer 1 4 3 7", 0.0),
-        (PROMPT, "answer ¹ 4 3 7", 0.0),
-        (PROMPT, "answer ١ 4 3 7", 0.0),  # a digit to int() and to str.isdigit()
+        (PROMPT, "answer 14 37", 1.0),
+        (PROMPT, "answer 37 14", 1.0),
+        (PROMPT, "try 14 + 25 : 4 + 5 = 9 , 39 no answer answer 37 14", 1.0),
+        (PROMPT, "try 14 + 37 : 4 + 7 = 11 , 51 yes", 0.0),  # no answer
+        (PROMPT, "answer 14 25", 0.0),  # wrong sum
+        (PROMPT, "answer 26 25", 0.0),  # right sum of numbers that are not there
+        (PROMPT, "answer 14 37 .", 0.0),  # trailing junk
+        (PROMPT, "answer 14 37 ", 0.0),
+        (PROMPT, "answer 14 37 7", 0.0),
+        (PROMPT, "answer 14 37 37", 0.0),
+        (PROMPT, "14 37 answer", 0.0),  # wrong order of words
+        (PROMPT, "answer 41 73", 0.0),  # digits swapped
+        (PROMPT, "answer 1 4 3 7", 0.0),  # a word per digit
+        (PROMPT, "answer 1437", 0.0),
+        (PROMPT, "answer 14  37", 0.0),
+        (PROMPT, "answer 51", 0.0),
+        (PROMPT, "myanswer 14 37", 0.0),
+        (PROMPT, "answer 014 37", 0.0),  # three digits
+        (PROMPT, "answer 14 137", 0.0),
+        pytest.param(PROMPT, f"answer 14 {'9' * 5000}", 0.0, id="too long for int()"),
+        (PROMPT, "answer +14 37", 0.0),  # int() takes these three
+        (PROMPT, "answer 1_4 37", 0.0),
+        (PROMPT, "answer 14 37\n", 0.0),
+        (PROMPT, "answer ¹4 37", 0.0),  # a digit to str.isdigit() but not to int()
+        (PROMPT, "answer ١٤ 37", 0.0),  # 14 to both
         (PROMPT, "answer", 0.0),
         (PROMPT, "", 0.0),
         (PROMPT, "\n\x00 answer answer answer", 0.0),
-        ("nums 2 5 1 0 3 0 goal 5 0 :", "answer 2 5 2 5", 0.0),  # one entry used twice
-        (TWICE, "answer 2 5 2 5", 1.0),
+        (SMALL, "answer 4 37", 1.0),
+        (SMALL, "answer 04 37", 0.0),  # a leading zero
+        ("nums 0 25 37 goal 25 :", "answer 25 0", 1.0),
+        ("nums 0 25 37 goal 25 :", "answer 25 00", 0.0),
+        ("nums 25 10 30 goal 50 :", "answer 25 25", 0.0),  # one entry used twice
+        (TWICE, "answer 25 25", 1.0),
     ],
 )
 def test_reward(prompt, response, expected):
@@ -45,11 +59,24 @@ def test_reward(prompt, response, expected):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "nums", "nums 1 4 goal 5 1 :", "nums 1 4 2 goal 5 1 :", "nums 1 4 2 5 goal 5 x :", "a b"],
+    [
+        "",
+        "nums",
+        "a b",
+        "nums goal 51 :",
+        "nums 14 goal 51 :",
+        "nums 14 25 goal :",
+        "nums 14 25 goal x :",
+        "nums 14 x 25 goal 51 :",
+        "nums 14 25 goal 151 :",
+        "nums 04 25 37 goal 41 :",
+        "nums 14 25 goal ٥١ :",
+        "nums 1 4 2 5 3 7 goal 5 1 :",
+    ],
 )
 def test_a_malformed_prompt_is_named(prompt):
     with pytest.raises(UserError, match="is no prompt of the task 'pairs'"):
-        pairs.reward(prompt, "answer 1 4 3 7")
+        pairs.reward(prompt, "answer 14 37")
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 6])
@@ -57,9 +84,8 @@ def test_exactly_one_pair_of_a_drawn_prompt_is_right(size):
     rng = np.random.default_rng(size)
     for _ in range(20):
         prompt = pairs.draw_prompt(rng, size)
-        words = prompt.split(" ")
         assert len(pairs.TASK.tokenizer.encode(prompt)) + 1 <= pairs.TASK.max_prompt_tokens
-        numbers = [" ".join(words[1 + 2 * k : 3 + 2 * k]) for k in range(size)]
+        numbers = prompt.split(" ")[1 : 1 + size]
         right = [
             pairs.reward(prompt, f"answer {a} {b}") for a, b in itertools.combinations(numbers, 2)
         ]
@@ -79,22 +105,30 @@ def test_a_patient_author_who_never_slips_is_right_unless_out_of_tries():
     assert all(pairs.reward(PROMPT, response) == 1.0 for response in solved)
 
 
+def _parsed(attempt):
+    """The numbers and the verdict of `14 + 25 : 4 + 5 = 9 , 39 no`, in order."""
+    words = attempt.split()
+    assert words[1:10:2] == ["+", ":", "+", "=", ","] and len(words) == 12
+    return (*map(int, words[0:11:2]), words[11])
+
+
 def test_each_try_of_a_careful_author_is_worked_out_right():
     response = pairs.demonstrate(np.random.default_rng(2), PROMPT, hasty=0.0, slip=0.0)
     tries = response.split(" answer ")[0].split("try ")[1:]
     assert tries
     for attempt in tries:
-        a1, a0, _, b1, b0, _, u1, u0, _, t1, t0, verdict = attempt.split()
-        assert int(u1 + u0) == int(a0) + int(b0)
-        assert int(t1 + t0) == int(a1 + a0) + int(b1 + b0)
-        assert verdict == ("yes" if t1 + t0 == "51" else "no")
+        a, b, a0, b0, units, total, verdict = _parsed(attempt)
+        assert (a0, b0) == (a % 10, b % 10)
+        assert units == a0 + b0
+        assert total == a + b
+        assert verdict == ("yes" if total == 51 else "no")
 
 
 def test_an_author_who_always_slips_never_writes_the_true_total():
     response = pairs.demonstrate(np.random.default_rng(3), PROMPT, hasty=0.0, slip=1.0)
     for attempt in response.split(" answer ")[0].split("try ")[1:]:
-        a1, a0, _, b1, b0, _, _, _, _, t1, t0, _ = attempt.split()
-        written, true = f"{t1}{t0}", f"{int(a1 + a0) + int(b1 + b0):02d}"
+        a, b, _, _, _, total, _ = _parsed(attempt)
+        written, true = f"{total:02d}", f"{a + b:02d}"
         assert sum(w != t for w, t in zip(written, true, strict=True)) == 1
 
 
@@ -102,16 +136,16 @@ def test_a_hasty_author_answers_with_the_first_try():
     response = pairs.demonstrate(np.random.default_rng(4), PROMPT, hasty=1.0, slip=0.0)
     words = response.split(" ")
     assert words.count("try") == 1
-    assert words[-4:] == [*words[1:3], *words[4:6]]
+    assert words[-3:] == ["answer", words[1], words[3]]
 
 
 def test_the_author_gives_up_and_answers_with_the_last_pair():
-    impossible = "nums 1 4 2 5 3 7 goal 9 9 :"
+    impossible = "nums 14 25 37 goal 99 :"
     response = pairs.demonstrate(np.random.default_rng(5), impossible, hasty=0.0, slip=0.0)
     words = response.split(" ")
     assert words.count("try") == words.count("no") == pairs.MAX_TRIES
     last = len(words) - 1 - words[::-1].index("try")
-    assert words[-5:] == ["answer", *words[last + 1 : last + 3], *words[last + 4 : last + 6]]
+    assert words[-3:] == ["answer", words[last + 1], words[last + 3]]
 
 
 def test_a_batch_of_mixed_demonstrations_has_a_long_tail_and_room_to_improve(draw_batch):
@@ -120,9 +154,7 @@ def test_a_batch_of_mixed_demonstrations_has_a_long_tail_and_room_to_improve(dra
     assert 0.5 < rewards.mean() < 0.7
 
 
-@pytest.mark.parametrize(
-    ("prompt", "ratio"), [(PROMPT, 3), ("nums 2 1 4 6 4 0 1 7 3 2 goal 3 8 :", 4)]
-)
+@pytest.mark.parametrize(("prompt", "ratio"), [(PROMPT, 3), ("nums 21 46 40 17 32 goal 38 :", 4)])
 def test_the_tail_is_there_for_one_fixed_prompt(prompt, ratio):
     rng = np.random.default_rng(6)
     lengths = [len(pairs.demonstrate(rng, prompt).split(" ")) + 1 for _ in range(512)]

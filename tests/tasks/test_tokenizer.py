@@ -16,13 +16,17 @@ def test_every_ordinary_word_makes_the_round_trip():
 
 
 def test_vocabulary_has_a_fixed_size_and_distinct_words():
-    assert TOKENIZER.vocab_size == VOCAB_SIZE == 64
+    assert TOKENIZER.vocab_size == VOCAB_SIZE == 128
     assert len(set(VOCABULARY)) == VOCAB_SIZE
     assert [VOCABULARY[i] for i in (TOKENIZER.pad_id, TOKENIZER.bos_id, TOKENIZER.eos_id)] == [
         PAD,
         BOS,
         EOS,
     ]
+
+
+def test_every_number_below_a_hundred_is_one_word():
+    assert [len(TOKENIZER.encode(str(number))) for number in range(100)] == [1] * 100
 
 
 def test_decode_skips_padding_and_stops_at_the_end():
@@ -35,10 +39,10 @@ def test_empty_text_is_no_tokens():
     assert TOKENIZER.decode([]) == ""
 
 
-@pytest.mark.parametrize("text", ["try 1 + banana", f"try {EOS}", "try  1", "12"])
+@pytest.mark.parametrize("text", ["try 1 + banana", f"try {EOS}", "try  1", "100", "04"])
 def test_unknown_word_is_named(text):
-    unknown = {"try 1 + banana": "'banana'", "12": "'12'", "try  1": "''"}.get(text, f"'{EOS}'")
-    with pytest.raises(UserError, match=f"the word {unknown} in"):
+    unknown = {"try 1 + banana": "banana", f"try {EOS}": EOS, "try  1": ""}.get(text, text)
+    with pytest.raises(UserError, match=f"the word '{unknown}' in"):
         TOKENIZER.encode(text)
 
 

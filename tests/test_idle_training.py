@@ -1,0 +1,175 @@
+"""Promise 4: idle slices train the drafter to the end of the tail, and all of them get the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import toy_engine
+from toy_engine import DRAFTER, NEVER
+
+PRICE = DRAFTER.rounds_per_microbatch
+# Counting at temperature 0 with a drafter that knows nothing: about one token a round.
+MODELS = toy_engine.counting()[0], toy_engine.random_drafter()
+
+
+def _lengths(by_slice):
+    """Response lengths in the order of sequences, which are dealt to the slices in turn."""
+    return [length for lengths in zip(*by_slice, strict=True) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("name", "by_slice"),
+    [
+        ("main", [[3, 2, 1, 4], [30, 4, 4, 3]]),
+        ("four slices", [[2, 1], [9, 3], [17, 4], [30, 2]]),
+        ("four slices", [[30, 2], [2, 1], [2, 2], [1, 1]]),
+    ],
+)
+def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
+    """Late joiners included: what a slice does not have to run, it trains, in every chunk."""
+    programs = toy_engine.engine(name).having(temperature=0.0, chunk_tokens=24)
+    asked = toy_engine.counting_prompts(*_lengths(by_slice))
+    result = toy_engine.roll(programs, MODELS, asked)
+    assert [len(r.response) for r in result.responses] == _lengths(by_slice)
+
+    version, trained = 0, 0
+    for record, kind in zip(result.chunks, programs.kinds, strict=True):
+        idle = [count == 0 for count in record.live]
+        assert kind.training == any(idle)
+        assert record.roles == ["TRAIN" if none else "ROLLOUT" for none in idle]
+        assert record.drafter_version == version
+        for slice_, none in enumerate(idle):
+            spare = record.rounds - record.rounds_run[slice_]
+            wanted = spare // PRICE if kind.training else 0
+            if none:
+                assert record.rounds_run[slice_] == 0 and record.microbatches[slice_] == wanted > 0
+            else:  # a slice that has ended nothing yet has nothing to learn from
+                assert record.microbatches[slice_] in (0, wanted)
+        assert (record.draft_loss is not None) == kind.training
+        version += kind.training
+        trained += kind.training
+    assert trained >= 3, "the tail is too short to say anything"
+    assert int(result.drafter_state.version) == version
+    toy_engine.assert_same_on_all_devices(result.drafter_state)
+
+    # Slices joined in the order in which their longest sequences ended.
+    first = [
+        next((r.chunk for r in result.chunks if not r.live[s]), len(result.chunks))
+        for s in range(programs.slices)
+    ]
+    longest = [max(lengths) for lengths in by_slice]
+    order = np.argsort(longest, kind="stable")
+    assert [first[s] for s in order] == sorted(first)
+    assert first[order[-1]] == len(result.chunks)
+
+
+def test_a_slice_that_falls_idle_inside_a_training_chunk_trains_for_the_rest_of_it():
+    programs = toy_engine.engine("four slices").having(temperature=0.0, chunk_tokens=40)
+    asked = toy_engine.counting_prompts(*_lengths([[1, 1], [9, 10], [30, 2], [28, 3]]))
+    result = toy_engine.roll(programs, MODELS, asked)
+    late = [
+        record.microbatches[slice_]
+        for record in result.chunks
+        for slice_ in range(4)
+        if record.roles[slice_] == "ROLLOUT" and "TRAIN" in record.roles
+    ]
+    assert max(late) > 0
+
+
+def test_nothing_is_trained_while_every_slice_is_busy():
+    """Equal slices end in the same chunk: the program without a training branch runs throughout."""
+    programs = toy_engine.engine("main").having(temperature=0.0)
+    asked = toy_engine.counting_prompts(*[20] * 8)
+    result = toy_engine.roll(programs, MODELS, asked)
+    assert not any(kind.training for kind in programs.kinds)
+    before = toy_engine.drafter_state(programs, MODELS[1])
+    jax.tree.map(np.testing.assert_array_equal, result.drafter_state, before)
+    assert all(record.roles == ["ROLLOUT"] * 2 for record in result.chunks)
+    assert result.buffer.segments.tolist() == [4, 4]
+
+
+def test_idle_slices_rest_where_training_is_off():
+    programs = toy_engine.engine("plain, then chains").having(temperature=0.0)
+    asked = toy_engine.counting_prompts(*_lengths([[3, 2, 1, 4], [30, 4, 4, 3]]))
+    result = toy_engine.roll(programs, MODELS, asked)
+    assert {role for record in result.chunks for role in record.roles} == {"ROLLOUT", "IDLE"}
+    assert result.buffer is None and int(result.drafter_state.version) == 0
+
+
+def test_the_next_rollout_goes_on_with_drafter_and_buffer():
+    """One-step-off: the buffer of one step is what the next one's early tail learns from."""
+    programs = toy_engine.engine("main").having(temperature=0.0, chunk_tokens=24)
+    asked = toy_engine.counting_prompts(*_lengths([[3, 2, 1, 4], [30, 4, 4, 3]]))
+    first = toy_engine.roll(programs, MODELS, asked)
+    version = int(first.drafter_state.version)
+    second = toy_engine.rollout.run(
+        programs,
+        toy_engine.place(programs, MODELS[0]),
+        first.drafter_state,
+        first.buffer,
+        asked,
+        jax.random.key(1),
+        stop_tokens=(toy_engine.STOP,),
+    )
+    assert second.chunks[0].drafter_version == version > 0
+    assert int(second.drafter_state.version) > version
+    assert second.buffer.segments.tolist() == [8, 8]
+
+
+def test_a_drafter_that_learns_is_accepted_more():
+    """Counting is easy to learn: twelve rollouts of short tails do."""
+    programs = toy_engine.engine("main").having(temperature=0.0, chunk_tokens=24)
+    state = toy_engine.drafter_state(programs, MODELS[1])
+    buffer, target = toy_engine.buffers(programs), toy_engine.place(programs, MODELS[0])
+    rates = []
+    for step in range(12):
+        lengths = _lengths([[3, 2, 1, 4], [30 - step, 24, 20, 28]])
+        asked = toy_engine.counting_prompts(*lengths)
+        result = toy_engine.rollout.run(
+            programs, target, state, buffer, asked, jax.random.key(step), stop_tokens=(NEVER,)
+        )
+        result = toy_engine.rollout.run(
+            programs,
+            target,
+            result.drafter_state,
+            result.buffer,
+            asked,
+            jax.random.key(step),
+            stop_tokens=(toy_engine.STOP,),
+        )
+        state, buffer = result.drafter_state, result.buffer
+        hits = sum(record.accepted[0] for record in result.chunks)
+        rates.append(hits / sum(sum(record.row_rounds) for record in result.chunks))
+    assert rates[0] < 0.3 and rates[-1] > 0.6, rates
+
+
+@pytest.mark.parametrize("share", [0.5, 0.11, 0.03])
+def test_one_slice_trains_between_steps_within_its_budget(share):
+    """Percent rounds: a share of the rounds run is saved up, and whole microbatches are bought."""
+    programs = toy_engine.engine("one slice")
+    budget = dataclasses.replace(programs.drafter, between_steps_budget=share)
+    programs = programs.having(drafter=budget)
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    credit, versions = 0, 0
+    for step in range(3):
+        result = toy_engine.roll(
+            programs, models, toy_engine.prompts(8, seed=step), seed=step, idle_credit=credit
+        )
+        *chunks, last = result.chunks
+        bought = last.roles == ["TRAIN"]
+        chunks = chunks if bought else result.chunks
+        assert all(record.roles == ["ROLLOUT"] for record in chunks)
+        assert all(record.microbatches == [0] for record in chunks)
+        credit += round(100 * share) * sum(record.rounds_run[0] for record in chunks)
+        microbatches = credit // (100 * PRICE)
+        assert bought == (microbatches > 0)
+        if bought:
+            assert last.microbatches == [microbatches] and last.committed == [0]
+            assert last.rounds_run == [0] and last.draft_loss is not None
+            versions += 1
+        credit -= 100 * PRICE * microbatches
+        assert result.idle_credit == credit < 100 * PRICE
+        assert int(result.drafter_state.version) == bought
+    if share == 0.5:
+        assert versions >= 2

@@ -1,0 +1,151 @@
+"""The pool compiles each program once, and a warmed-up rollout compiles nothing (promise 8)."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_engine
+
+from tlt_jax import sharding
+from tlt_jax.program_pool import ProgramPool, abstract
+from tlt_jax.types import Strategy
+
+
+def _adder(number):
+    return jax.jit(lambda x: x + number)
+
+
+def test_a_program_is_built_once_per_key():
+    pool, built = ProgramPool(), []
+
+    def build(number):
+        built.append(number)
+        return _adder(number)
+
+    x = jnp.zeros(3)
+    for number in (1, 2, 1, 1):
+        program = pool.get(("add", number), lambda n=number: build(n), (x,))
+        np.testing.assert_array_equal(program(x), np.full(3, number))
+    assert built == [1, 2] and pool.compiled == len(pool) == 2
+
+
+def test_a_program_is_compiled_for_shapes_alone():
+    """No array has to exist, and a call with another shape fails instead of compiling."""
+    pool = ProgramPool()
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.zeros(3).sharding)
+    program = pool.get("add", lambda: _adder(1), (shape,))
+    np.testing.assert_array_equal(program(jnp.zeros(3)), np.ones(3))
+    with pytest.raises(TypeError):
+        program(jnp.zeros(4))
+    assert pool.compiled == 1
+
+
+def test_abstract_keeps_shape_dtype_and_sharding():
+    programs = toy_engine.engine("main")
+    whole = jax.device_put(jnp.zeros((4, 2), jnp.int32), sharding.per_slice(programs.mesh))
+    held = abstract({"a": whole, "none": None})["a"]
+    assert (held.shape, held.dtype, held.sharding) == ((4, 2), jnp.int32, whole.sharding)
+
+
+def test_warming_up_runs_every_job_at_once():
+    """Two jobs that wait for one another end, so they do run side by side."""
+    meeting = threading.Barrier(2, timeout=20)
+    ran = []
+
+    def job(index):
+        meeting.wait()
+        ran.append(index)
+
+    ProgramPool().warm_up([lambda: job(0), lambda: job(1)])
+    assert sorted(ran) == [0, 1]
+
+
+def test_a_job_that_fails_is_not_swallowed():
+    def fails():
+        raise RuntimeError("does not compile")
+
+    with pytest.raises(RuntimeError, match="does not compile"):
+        ProgramPool().warm_up([lambda: time.sleep(0), fails])
+
+
+@pytest.mark.parametrize(
+    ("name", "first_rows", "strategies"),
+    [
+        ("main", 4, {4: Strategy(2), 1: Strategy(4)}),
+        ("plain", 4, {4: Strategy(0), 1: Strategy(0)}),
+        ("one slice", 8, {8: Strategy(2)}),
+        ("four slices", 2, {2: Strategy(4)}),
+    ],
+)
+def test_buckets_and_their_strategies(name, first_rows, strategies):
+    programs = toy_engine.engine(name)
+    assert programs.first_rows == first_rows
+    assert {rows: programs.strategy(rows) for rows in programs.rollout.row_buckets} == strategies
+
+
+def test_the_first_bucket_is_the_smallest_that_holds_all():
+    programs = toy_engine.engine("main")  # eight sequences on two slices
+    assert programs.having(row_buckets=(32, 8, 4, 1), depths=(0, 0, 0, 0)).first_rows == 4
+    assert programs.having(row_buckets=(32, 6, 1), depths=(0, 0, 0)).first_rows == 6
+    assert programs.having(row_buckets=(32, 6, 1), prompts_per_step=4).first_rows == 32
+
+
+def test_sampler_and_orders_are_data_on_every_device():
+    programs = toy_engine.engine("main").having(temperature=0.25)
+    sampler = programs.sampler(jax.random.key(3), (2, 7))
+    orders = programs.orders(rounds=5, index=2)
+    assert float(sampler.params.temperature) == 0.25 and sampler.stop_tokens.tolist() == [2, 7]
+    assert (int(orders.rounds), int(orders.index)) == (5, 2)
+    for leaf in jax.tree.leaves((sampler, orders)):
+        assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # Per row and length bucket a chunk, with idle training two; growing from one length,
+        # shrinking from one row bucket; prefill.
+        ("main", 2 * 2 * 2 + 2 + 2 + 1),
+        ("plain", 2 * 2 + 2 + 2 + 1),
+        ("one slice", 2 + 1),
+        ("plain, then chains", 2 + 1 + 1),
+    ],
+)
+def test_warming_up_compiles_what_a_rollout_can_need(name, count):
+    assert toy_engine.engine(name).warmed_up == count
+
+
+@pytest.mark.parametrize("name", ["main", "plain", "one slice", "four slices", "tensor"])
+def test_after_warming_up_a_rollout_compiles_nothing(name):
+    """Neither from the pool nor anywhere else; the first rollout loads constants of small jobs."""
+    programs = toy_engine.engine(name)
+    models = toy_engine.counting()[0], toy_engine.random_drafter()
+    lengths = (30, 1, 2, 3, 4, 5, 6, 7)
+    toy_engine.roll(programs, models, toy_engine.counting_prompts(*lengths))
+    arguments = (
+        toy_engine.place(programs, models[0]),
+        toy_engine.drafter_state(programs, models[1]),
+        toy_engine.buffers(programs),
+    )
+    asked, key = toy_engine.counting_prompts(*reversed(lengths)), jax.random.key(8)
+    compiled = programs.pool.compiled
+    with toy_engine.compilations() as found:
+        toy_engine.rollout.run(
+            programs.having(temperature=0.5, chunk_tokens=10),
+            *arguments,
+            asked,
+            key,
+            stop_tokens=(toy_engine.STOP,),
+        )
+    assert found == []
+    assert programs.pool.compiled == compiled
+
+
+def test_a_compilation_is_seen():
+    """The test above would see nothing if JAX logged its compilations in other words."""
+    with toy_engine.compilations() as found:
+        jax.jit(lambda x: x * 3.25)(jnp.zeros(7))
+    assert len(found) >= 1
