@@ -17,6 +17,8 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     """The run's `ConfigDict`; raises ValueError for an unknown variant."""
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
+    config.num_steps = 80
+    config.learner.learning_rate = 2e-4
     if variant == "tiny":
         _shrink(config)
     elif variant:
@@ -30,6 +32,7 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.policy.update(num_layers=2, width=32, num_heads=2, head_size=16, ffn_width=64)
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
     config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
-    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4, rounds_per_microbatch=2)
+    config.drafter.update(ffn_width=32, row_length=96, window=48, buffer_rows=4)
+    config.drafter.rounds_per_microbatch = 2
     config.learner.row_length = 96
     config.checkpoint.every = 2

@@ -3,15 +3,22 @@
 Axes: B rows, T query tokens, S cache length, N heads, K kv heads, H head size.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.verify_attention import verify_attention
+from tlt_jax import sharding
 from tlt_jax.kv_cache import LayerCache, write
 from tlt_jax.sampling import MASKED
 from tlt_jax.types import INVALID
 
 QUERY_BLOCK = 128
+# Query rows (tokens x query heads of a kv head) of one kernel call; twice as many do not fit VMEM.
+KERNEL_ROWS = 1024
 
 
 def cached(
@@ -39,7 +46,49 @@ def cached(
       The output [B, T, N, H] and the written cache.
     """
     cache = write(cache, k, v, lengths)
+    if backend == "tpu":
+        return _kernel_on_each_device(q, cache.k, cache.v, lengths, draft_mask), cache
     return verify_attention(q, cache.k, cache.v, lengths, draft_mask, backend=backend), cache
+
+
+def _kernel_on_each_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, draft_mask: jax.Array | None
+) -> jax.Array:
+    """The TPU kernel on each device's own heads; arguments as of `verify_attention`.
+
+    XLA cannot partition a kernel, so an automatic `tensor` axis is made manual around it. Where
+    no such axis is in sight, a device's heads are all heads already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()  # of the `shard_map` over slices around this call
+    if sharding.TENSOR not in mesh.auto_axes:
+        return _kernel_in_blocks(q, k, v, lengths, draft_mask)
+    heads = sharding.spec((None, None, "heads", None), sharding.ROLLOUT_RULES)
+    kv_heads = sharding.spec((None, "kv_heads", None, None), sharding.ROLLOUT_RULES)
+    return jax.shard_map(
+        _kernel_in_blocks,
+        mesh=mesh,
+        in_specs=(heads, kv_heads, kv_heads, P(), P()),
+        out_specs=heads,
+        axis_names={sharding.TENSOR},
+        check_vma=False,
+    )(q, k, v, lengths, draft_mask)
+
+
+def _kernel_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, draft_mask: jax.Array | None
+) -> jax.Array:
+    """The TPU kernel on as many tokens of a chain at a time as its memory holds.
+
+    For a block of a chain, the tokens before it are committed ones. A tree is always one block.
+    """
+    attend = functools.partial(verify_attention, backend="tpu")
+    count, group = q.shape[1], q.shape[2] // k.shape[1]
+    block = max(KERNEL_ROWS // group, 1)
+    if draft_mask is not None or count <= block:
+        return attend(q, k, v, lengths, draft_mask)
+    starts = range(0, count, block)
+    blocks = [attend(q[:, start : start + block], k, v, lengths + start) for start in starts]
+    return jnp.concatenate(blocks, axis=1)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:
@@ -60,7 +109,14 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
     return (causal & same & real) | jnp.eye(count, dtype=bool)
 
 
-def packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    own: Sequence[tuple[jax.Array, jax.Array]] = (),
+) -> jax.Array:
     """Attention inside packed rows.
 
     Query blocks read keys up to their own end only, which skips nearly half of a causal mask.
@@ -70,6 +126,7 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       k: keys [B, T, K, H].
       v: values [B, T, K, H].
       mask: [B, T, T] bool from `packed_mask`.
+      own: further (keys, values), [B, T, K, H] each, of which query t sees entry t alone.
 
     Returns:
       [B, T, N, H] in the dtype of `q`; the softmax is float32.
@@ -81,15 +138,35 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     for start in range(0, count, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, count)
         blocks.append(
-            _attend(grouped[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+            _attend(
+                grouped[:, start:end],
+                k[:, :end],
+                v[:, :end],
+                mask[:, start:end, :end],
+                [(keys[:, start:end], values[:, start:end]) for keys, values in own],
+            )
         )
     out = jnp.concatenate(blocks, axis=1)
     return out.reshape(batch, count, heads, size).astype(q.dtype)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    own: Sequence[tuple[jax.Array, jax.Array]],
+) -> jax.Array:
     """Softmax attention of scaled grouped queries [B, T, K, G, H] over keys [B, S, K, H]."""
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
+    for keys, _ in own:
+        single = jnp.einsum("btkgh,btkh->bkgt", q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([scores, single[..., None]], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    shared = weights[..., : k.shape[1]]
+    out = jnp.einsum("bkgts,bskh->btkgh", shared, v, preferred_element_type=jnp.float32)
+    for index, (_, values) in enumerate(own):
+        weight = jnp.moveaxis(weights[..., k.shape[1] + index], 3, 1)  # [B, T, K, G]
+        out = out + weight[..., None] * values[:, :, :, None]
+    return out

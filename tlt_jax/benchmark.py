@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 
 from tlt_jax import (
     chunk,
@@ -47,6 +46,7 @@ class Mode:
     slices: int
     timed: bool = False
     training: bool = False  # idle slices train, at learning rate 0: the price without the gain
+    frozen: bool = False  # with the drafter of the warm start, as if it had never been trained
 
 
 @dataclasses.dataclass
@@ -103,6 +103,7 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
         *compared,
         *[Mode(f"plain, {count} slices", plain, count) for count in others],
         *[Mode(f"by bucket, {count} slices", base, count) for count in others],
+        Mode("by bucket, frozen drafter", base, slices, frozen=True),
         Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
     ]
 
@@ -168,10 +169,14 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     """Both workloads; returns what is written to `benchmark.json`."""
     task, prompts = setup.load_task(config)
     target, draft, origin = load_weights(config, workdir)
+    frozen = setup.initial_drafter(config)
     stop = (task.tokenizer.eos_id,)
     workloads = []
     for batch in dict.fromkeys((config.rollout.num_sequences, config.benchmark.small_batch)):
-        runners = [make_runner(mode, config, target, draft, stop) for mode in modes(config, batch)]
+        runners = [
+            make_runner(mode, config, target, frozen if mode.frozen else draft, stop)
+            for mode in modes(config, batch)
+        ]
         workload = compare(config, runners, prompts, batch)
         print(table(workload), flush=True)
         workloads.append(workload)
@@ -307,4 +312,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(command_line.guarded(main))
+    command_line.run(main)

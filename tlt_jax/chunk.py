@@ -134,7 +134,8 @@ def chunk_program(
 
     def chunk(target, state, buffer, sampler, orders, rows):
         with jax.named_scope("rollout"):
-            models = Models(target=target, draft=None if state is None else state.params)
+            draft = None if state is None else sharding.cast(state.params, config.dtype)
+            models = Models(target=target, draft=draft)
             rows, stats = run_rounds(models, config, kind.strategy, sampler, rows, orders.rounds)
         version = jnp.int32(0) if state is None else state.version
         if buffer is not None:

@@ -1,12 +1,14 @@
 """What all command lines share: flags, the config file, devices, the workdir, one-line errors."""
 
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from tlt_jax import config as config_lib
@@ -45,8 +47,25 @@ def start(
 
 def parse(values: config_dict.ConfigDict) -> config_lib.RunConfig:
     """The validated frozen config of a `ConfigDict`."""
-    plain = config_dict.FrozenConfigDict(values).as_configdict().to_dict()
+    try:
+        plain = _plain(values, "config")
+    except OSError as error:  # a config file that cannot be read shows only when it is used
+        raise UserError(f"--config: {_one_line(error)}") from error
     return config_lib.validate(config_lib.from_mapping(config_lib.RunConfig, plain))
+
+
+def _plain(values: config_dict.ConfigDict, where: str) -> dict[str, Any]:
+    """Nested dicts of a `ConfigDict`, references followed."""
+    found = {}
+    for key in values.keys():  # noqa: SIM118 (a config that failed to load has no iterator)
+        try:
+            value = values[key]
+        except config_dict.RequiredValueError as error:
+            name = f"{where}.{key}"
+            raise UserError(f"{name} has no value; set it with --{name}=VALUE.") from error
+        nested = isinstance(value, config_dict.ConfigDict)
+        found[key] = _plain(value, f"{where}.{key}") if nested else value
+    return found
 
 
 def set_up_devices(count: int, *, one_core_each: bool) -> None:
@@ -83,14 +102,32 @@ def usable_workdir(path: str) -> pathlib.Path:
     return workdir
 
 
-def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Turns a `UserError` into one sentence on stderr and exit status 2."""
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses flags and runs `main(argv)`; bad input is one sentence on stderr, exit status 2."""
+    app.run(functools.partial(_guarded, main), flags_parser=functools.partial(_guarded, _flags))
 
-    def run(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
-    return run
+def _guarded(function: Callable[[list[str]], Any], argv: list[str]) -> Any:
+    try:
+        return function(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _flags(argv: list[str]) -> list[str]:
+    """Arguments that are no flags.
+
+    Raises:
+      UserError: an unknown flag or config key, a value of the wrong type, or a config file that is
+        missing or knows no such variant.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    told = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return " ".join(told.split()).rstrip(".") + "."

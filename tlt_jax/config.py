@@ -28,7 +28,7 @@ class RopeScaling:
 class PolicyConfig:
     """Shape of a decoder: Qwen2/2.5 has `qkv_bias`, Qwen3 `qk_norm`, Llama 3 `rope_scaling`."""
 
-    vocab_size: int = 64
+    vocab_size: int = 128
     num_layers: int = 16
     width: int = 128
     num_heads: int = 4
@@ -79,15 +79,15 @@ class RolloutConfig:
 
     prompts_per_step: int = 4
     group_size: int = 8
-    max_prompt_length: int = 24
-    max_response_length: int = 424
+    max_prompt_length: int = 16
+    max_response_length: int = 432
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     speculate: bool = True
-    row_buckets: tuple[int, ...] = (16, 8, 4, 2, 1)
-    depths: tuple[int, ...] = (2, 2, 4, 4, 4)
-    length_buckets: tuple[int, ...] = (128, 256, 512)
+    row_buckets: tuple[int, ...] = (16, 8, 4, 2)
+    depths: tuple[int, ...] = (2, 4, 4, 4)
+    length_buckets: tuple[int, ...] = (128, 512)
     chunk_tokens: int = 64
 
     @property
@@ -127,7 +127,8 @@ class DrafterConfig:
     `rounds_per_microbatch` is the price of a microbatch: an idle slice takes one for that many
     rounds it does not have to run. It is a constant, not a clock reading, so that a run repeated
     from the same seed gives the same bits. `between_steps_budget` applies with one slice, which
-    is never idle: the share of a step's rounds spent on training after the rollout.
+    is never idle: the share of a step's rounds spent on training after the rollout. A microbatch
+    is `microbatch_rows` windows of `window` tokens, trained at draft depths 1 .. `train_depth`.
     """
 
     ffn_width: int = 256
@@ -139,6 +140,8 @@ class DrafterConfig:
     buffer_rows: int = 16
     row_length: int = 512
     microbatch_rows: int = 1
+    window: int = 192
+    train_depth: int = 3
     rounds_per_microbatch: int = 8
     between_steps_budget: float = 0.03
 
@@ -281,13 +284,19 @@ def validate(config: RunConfig) -> RunConfig:
 
 
 def _validate_policy(policy: PolicyConfig, mesh: MeshConfig) -> None:
-    for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ffn_width"):
+    sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_size")
+    for name in (*sizes, "ffn_width"):
         value = getattr(policy, name)
         _require(value > 0, f"config.policy.{name} is {value}; it must be at least 1.")
     _require(
         policy.num_heads % policy.num_kv_heads == 0,
         f"config.policy.num_heads={policy.num_heads} must be a multiple of "
         f"config.policy.num_kv_heads={policy.num_kv_heads}.",
+    )
+    _require(
+        policy.attention_backend in ("reference", "tpu"),
+        f"config.policy.attention_backend is '{policy.attention_backend}'; it must be 'reference' "
+        "or 'tpu'.",
     )
     _require(policy.head_size % 2 == 0, "config.policy.head_size must be even (RoPE pairs).")
     _require(
@@ -311,6 +320,9 @@ def _validate_policy(policy: PolicyConfig, mesh: MeshConfig) -> None:
 
 
 def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
+    for name in ("prompts_per_step", "max_prompt_length", "max_response_length"):
+        value = getattr(rollout, name)
+        _require(value >= 1, f"config.rollout.{name} is {value}; it must be at least 1.")
     _require(
         rollout.num_sequences % mesh.slices == 0,
         f"config.rollout has {rollout.prompts_per_step} x {rollout.group_size} = "
@@ -368,6 +380,14 @@ def _validate_training(config: RunConfig) -> None:
             length >= longest,
             f"config.{where}.row_length={length} must hold the longest sequence, {longest} tokens.",
         )
+    for name in ("microbatch_rows", "updates_per_step"):
+        value = getattr(learner, name)
+        _require(value >= 1, f"config.learner.{name} is {value}; it must be at least 1.")
+    _require(
+        config.warm_start.batch_rows % config.mesh.slices == 0,
+        f"config.warm_start.batch_rows={config.warm_start.batch_rows} must be a multiple of "
+        f"config.mesh.slices={config.mesh.slices}.",
+    )
     _require(
         learner.microbatch_rows % config.mesh.slices == 0,
         f"config.learner.microbatch_rows={learner.microbatch_rows} must be a multiple of "
@@ -381,7 +401,13 @@ def _validate_training(config: RunConfig) -> None:
         learner.decay in ("constant", "cosine", "linear"),
         f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
     )
-    for name in ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "ffn_width"):
+    _require(
+        1 <= drafter.window <= drafter.row_length,
+        f"config.drafter.window={drafter.window} must lie in 1 .. config.drafter.row_length="
+        f"{drafter.row_length}.",
+    )
+    at_least_one = ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "train_depth")
+    for name in (*at_least_one, "ffn_width"):
         value = getattr(drafter, name)
         _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
     _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")

@@ -126,20 +126,66 @@ def training_pairs(tokens: jax.Array, features: jax.Array, segment_ids: jax.Arra
     )
 
 
-def packed_forward(
+def packed_steps(
     params: Params,
     config: PolicyConfig,
     features: jax.Array,
     embedded: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-) -> jax.Array:
-    """Estimated features ~h[t + 1], [B, T, D], for packed rows; attention stays in segments."""
+    *,
+    steps: int,
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """What the drafter gives at draft depth 1 .. `steps`, for every place of packed rows at once.
+
+    At depth 1 pair t has the target's feature h[t]. At depth j + 1 it has the drafter's own
+    estimate of h[t], made at depth j, and sees the pairs that inference would show it: true ones up
+    to t - j, then its own, one of each depth (HASS, arXiv 2408.15766; training-time test of
+    EAGLE-3, arXiv 2503.01840):
+
+        depth 1    t0 t1 t2 [t3]              t = from the target's features
+        depth 2    t0 t1 t2 [a3]              a = from estimates of depth 1
+        depth 3    t0 t1 a2 [b3]              b = from estimates of depth 2
+
+    Args:
+      params: drafter parameters.
+      config: the policy's shape.
+      features: h[t], [B, T, D].
+      embedded: target embeddings of x[t + 1], [B, T, D].
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32.
+      steps: how many depths.
+
+    Returns:
+      Per depth the estimates ~h[t + 1], [B, T, D], and where they exist, [B, T] bool: the pairs of
+      a draft lie in one segment.
+    """
     mask = attention.packed_mask(segment_ids)
+    rotation = policy.rotation_of(config, positions)
+    place = jnp.arange(segment_ids.shape[1])
+    made: list[tuple[jax.Array, jax.Array]] = []  # keys and values of each depth
+    results: list[tuple[jax.Array, jax.Array]] = []
+    for back in range(steps):
+        exists = (_shift(segment_ids, back) == segment_ids) & (place >= back)[None]
+        visible = mask & (place[None, :] <= place[:, None] - back)[None]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.packed(q, k, v, mask)
+        def attend(q, k, v, back=back, visible=visible):
+            made.append((k, v))
+            own = [
+                (_shift(made[depth][0], back - depth), _shift(made[depth][1], back - depth))
+                for depth in range(1, back + 1)
+            ]
+            return attention.packed(q, *made[0], visible, own=own)
 
-    x = _fuse(params, config, features, embedded)
-    x = policy.layer(params["layer"], config, x, policy.rotation_of(config, positions), attend)
-    return policy.rms_norm(x, params["norm"], config.norm_eps)
+        x = _fuse(params, config, features, embedded)
+        x = policy.layer(params["layer"], config, x, rotation, attend)
+        estimates = policy.rms_norm(x, params["norm"], config.norm_eps)
+        results.append((estimates, exists))
+        features = _shift(estimates, 1)
+    return tuple(results)
+
+
+def _shift(x: jax.Array, count: int) -> jax.Array:
+    """Entry t becomes what was entry t - count of [B, T, ...]; zeros come in."""
+    widths = [(0, 0), (count, 0)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths)[:, : x.shape[1]]

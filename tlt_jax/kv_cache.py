@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+UNROLLED_ROWS = 4
+
 
 @struct.dataclass
 class LayerCache:
@@ -33,10 +35,29 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> L
         dynamic update that does not fit is shifted left by XLA and would overwrite history.
     """
 
-    def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (0, start, 0))
+    def place(whole: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.swapaxes(1, 2).astype(whole.dtype)  # [B, K, T, H]
+        return put_rows(whole, new, starts, axis=2)
 
-    place = jax.vmap(put)
-    return LayerCache(
-        k=place(cache.k, k.swapaxes(1, 2), starts), v=place(cache.v, v.swapaxes(1, 2), starts)
-    )
+    # Without the barrier XLA:CPU fuses the update into the attention that reads it and once more
+    # into the loop's carry, and then copies the cache to keep the two apart.
+    return jax.lax.optimization_barrier(LayerCache(k=place(cache.k, k), v=place(cache.v, v)))
+
+
+def put_rows(whole: jax.Array, new: jax.Array, starts: jax.Array, *, axis: int) -> jax.Array:
+    """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`.
+
+    Both have B rows in front. A handful of rows is written by as many updates: as one batched
+    update they become a scatter, in front of which XLA:CPU copies the whole cache.
+    """
+    if whole.shape[0] > UNROLLED_ROWS:
+
+        def put(row: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis=axis - 1)
+
+        return jax.vmap(put)(whole, new, starts)
+    for row in range(whole.shape[0]):
+        corner = [jnp.int32(0)] * whole.ndim
+        corner[0], corner[axis] = jnp.int32(row), starts[row]
+        whole = jax.lax.dynamic_update_slice(whole, new[row : row + 1], corner)
+    return whole

@@ -25,7 +25,10 @@ from tlt_jax.types import SamplingParams
 
 @struct.dataclass
 class LearnerState:
-    """Policy and optimizer, in training layout."""
+    """Policy and optimizer, in training layout.
+
+    Parameters are float32 whatever the policy's dtype: small updates would round away in bfloat16.
+    """
 
     params: Any
     opt_state: Any
@@ -75,7 +78,7 @@ def state_shardings(mesh: Mesh, config: PolicyConfig, tx: optax.GradientTransfor
     """Training shardings of a `LearnerState`: moments lie where their parameters lie."""
     specs = policy.param_specs(config)
     params = sharding.tree_shardings(specs, mesh, sharding.TRAIN_RULES)
-    shapes = sharding.tree_shapes(specs, jnp.dtype(config.dtype))
+    shapes = sharding.tree_shapes(specs, jnp.dtype(jnp.float32))
     opt_state = optax.tree_map_params(
         tx,
         lambda _, held: held,
@@ -91,11 +94,12 @@ def init_state(
     mesh: Mesh, config: PolicyConfig, tx: optax.GradientTransformation, params: Any
 ) -> LearnerState:
     """Learner state at step 0 from policy parameters of any layout."""
-    make = jax.jit(
-        lambda p: LearnerState(params=p, opt_state=tx.init(p), step=jnp.int32(0)),
-        out_shardings=state_shardings(mesh, config, tx),
-    )
-    return make(params)
+
+    def make(params: Any) -> LearnerState:
+        master = sharding.cast(params, jnp.float32)
+        return LearnerState(params=master, opt_state=tx.init(master), step=jnp.int32(0))
+
+    return jax.jit(make, out_shardings=state_shardings(mesh, config, tx))(params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -182,6 +186,9 @@ def update_program(
     def at(batch: PackedBatch, index: jax.Array) -> PackedBatch:
         return jax.tree.map(lambda x: x[index], batch)
 
+    def gather(state: LearnerState) -> Any:
+        return jax.lax.with_sharding_constraint(sharding.cast(state.params, config.dtype), whole)
+
     def score(params: Any, sampler: SamplingParams, batch: PackedBatch, count: jax.Array) -> Any:
         def body(index: jax.Array, scores: jax.Array) -> jax.Array:
             return scores.at[index].set(token_log_probs(params, config, sampler, at(batch, index)))
@@ -189,7 +196,7 @@ def update_program(
         return jax.lax.fori_loop(0, count, body, jnp.zeros_like(batch.behaviour))
 
     def one_update(state, reference, sampler, batch, count, old):
-        gathered = jax.lax.with_sharding_constraint(state.params, whole)
+        gathered = gather(state)
 
         def body(index: jax.Array, carry: Any) -> Any:
             gradients, sums = carry
@@ -222,8 +229,7 @@ def update_program(
     def update(state, reference, sampler, batch, count):
         old = None
         if learner.updates_per_step > 1:
-            gathered = jax.lax.with_sharding_constraint(state.params, whole)
-            old = score(gathered, sampler, batch, count)
+            old = score(gather(state), sampler, batch, count)
         for _ in range(learner.updates_per_step):
             state, metrics = one_update(state, reference, sampler, batch, count, old)
         return dataclasses.replace(state, step=state.step + 1), metrics

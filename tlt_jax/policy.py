@@ -27,7 +27,7 @@ def layer_specs(config: PolicyConfig, ffn_width: int, num_layers: int) -> dict[s
     """Declares one decoder layer; `num_layers` scales down what is added to the residual."""
     width, group, size = config.width, config.group, config.head_size
     kv_heads = config.num_kv_heads
-    inner = (2 * num_layers) ** -0.5
+    inner = 1 / (2 * num_layers)  # a deep stack begins near the identity, and learns sooner
     specs = {
         "attention_norm": ParamSpec((width,), ("width",), None),
         "qkv": ParamSpec(
@@ -54,7 +54,9 @@ def param_specs(config: PolicyConfig) -> Params:
     """Declares every parameter: shape, logical axes, initial scale."""
     layer = layer_specs(config, config.ffn_width, config.num_layers)
     specs = {
-        "embed": ParamSpec((config.vocab_size, config.width), ("vocab", "width"), 0.02),
+        "embed": ParamSpec(
+            (config.vocab_size, config.width), ("vocab", "width"), config.width**-0.5
+        ),
         "layers": tuple(dict(layer) for _ in range(config.num_layers)),
         "norm": ParamSpec((config.width,), ("width",), None),
     }
@@ -96,7 +98,8 @@ def layer(
     batch, count, _ = x.shape
     with jax.named_scope("attention"):
         normed = rms_norm(x, params["attention_norm"], config.norm_eps)
-        qkv = jnp.einsum("btd,dkgh->btkgh", normed, params["qkv"])  # [B, T, K, G + 2, H]
+        qkv = normed @ params["qkv"].reshape(config.width, -1)
+        qkv = qkv.reshape(batch, count, *params["qkv"].shape[1:])  # [B, T, K, G + 2, H]
         if config.qkv_bias:
             qkv = qkv + params["qkv_bias"][None, None]
         # Queries and the key of a kv head are normed and rotated as one array: fewer, larger ops.
@@ -107,11 +110,13 @@ def layer(
         rotated = rope.rotate(queries_and_key, *rotation)
         q = rotated[:, :, :, :-1].reshape(batch, count, config.num_heads, config.head_size)
         mixed = attend(q, rotated[:, :, :, -1], v)
-        grouped = mixed.reshape(batch, count, config.num_kv_heads, config.group, config.head_size)
-        x = x + jnp.einsum("btkgh,kghd->btd", grouped, params["out"])
+        # Two-dimensional matmuls on purpose: from an einsum XLA:CPU permutes weights every token.
+        x = x + mixed.reshape(batch, count, -1) @ params["out"].reshape(-1, config.width)
     with jax.named_scope("ffn"):
         normed = rms_norm(x, params["ffn_norm"], config.norm_eps)
-        gate_up = jnp.einsum("btd,dcf->btcf", normed, params["gate_up"])
+        gate_up = (normed @ params["gate_up"].reshape(config.width, -1)).reshape(
+            batch, count, *params["gate_up"].shape[1:]
+        )
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return x + hidden @ params["down"]
 

@@ -146,7 +146,7 @@ class RolloutPrograms:
 
     def _chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
         return self.pool.get(
-            ("chunk", kind, arguments[-1].tokens.shape),
+            ("chunk", kind, arguments[-1].tokens.shape, arguments[2] is not None),
             lambda: chunk.chunk_program(
                 self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
             ),

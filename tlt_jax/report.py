@@ -5,8 +5,6 @@ python -m tlt_jax.report runs/quickstart
 
 import pathlib
 
-from absl import app
-
 from tlt_jax import command_line
 from tlt_jax.reporting import plots, summary
 from tlt_jax.types import UserError
@@ -22,4 +20,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(command_line.guarded(main))
+    command_line.run(main)

@@ -54,7 +54,6 @@ class Machinery:
     task: Task
     prompts: Any  # grain dataset with random access
     programs: RolloutPrograms
-    reshard: Any
     microbatch_seconds: float
     reward_threads: concurrent.futures.Executor
 
@@ -95,7 +94,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     learner_state, update = run_update(machinery, state, batch, count)
     told = {name: float(value) for name, value in sharding.to_host(update)._asdict().items()}
     learned = time.monotonic()
-    rollout_params = jax.block_until_ready(machinery.reshard(learner_state.params))
+    rollout_params = jax.block_until_ready(to_rollout_layout(machinery, learner_state.params))
     ended = time.monotonic()
     seconds = {
         "rollout": rollout_ended - began,
@@ -229,13 +228,28 @@ def update_program(machinery: Machinery, arguments: tuple[Any, ...]) -> Any:
     )
 
 
+def to_rollout_layout(machinery: Machinery, params: Any) -> Any:
+    """Policy parameters copied from the training layout to the rollout layout."""
+    programs = machinery.programs
+    program = programs.pool.get(
+        "reshard", lambda: rollout_layout(programs.mesh, machinery.config), (params,)
+    )
+    return program(params)
+
+
 def rollout_layout(mesh: jax.sharding.Mesh, config: RunConfig) -> Any:
-    """The jitted program that copies policy parameters into the rollout layout."""
+    """The jitted function that copies policy parameters of any layout into the rollout layout."""
     specs = policy.param_specs(config.policy)
-    return sharding.resharder(sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES))
+    shardings = sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES)
+    return sharding.resharder(shardings, config.policy.dtype)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The policy's learning rate at a step's first update."""
+    rate = learner.schedule(config.learner, config.num_steps)
+    return float(rate(step * config.learner.updates_per_step))
 
 
 def _update_metrics(config: RunConfig, told: dict[str, float], step: int) -> dict[str, float]:
-    rate = learner.schedule(config.learner, config.num_steps)
     named = {"policy_loss" if name == "loss" else name: value for name, value in told.items()}
-    return named | {"learning_rate": float(rate(step * config.learner.updates_per_step))}
+    return named | {"learning_rate": learning_rate(config, step)}

@@ -69,7 +69,8 @@ def process_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
     scaled = jnp.where(in_top_k, falling / _safe(params.temperature), MASKED)
     probs = jax.nn.softmax(scaled, axis=-1)
     mass_before = jnp.cumsum(probs, axis=-1) - probs
-    in_top_p = (mass_before < params.top_p) & in_top_k
+    # At top-p 1 rounding must not cut the tail off: what comes before it may sum to one.
+    in_top_p = ((mass_before < params.top_p) | (params.top_p >= 1)) & in_top_k
     threshold = jnp.min(jnp.where(in_top_p, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, MASKED)
 

@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tlt_jax import (
+    advantages,
     calibration,
     chunk,
     drafter,
@@ -71,8 +73,11 @@ def load_task(config: RunConfig) -> tuple[Task, Any]:
 
 
 def drafter_state(config: RunConfig, mesh: jax.sharding.Mesh, params: Any) -> DrafterState:
-    """Version 0 of a drafter, on every device of the mesh."""
-    state = spot_training.init_state(config.drafter, params)
+    """Version 0 of a drafter, on every device of the mesh.
+
+    The parameters are copied: the state will be donated, and `params` stays the caller's.
+    """
+    state = spot_training.init_state(config.drafter, jax.tree.map(jnp.copy, params))
     return jax.device_put(state, sharding.replicated(mesh))
 
 
@@ -95,11 +100,10 @@ def start(config: RunConfig) -> tuple[Machinery, RunState]:
         task=task,
         prompts=prompts,
         programs=programs,
-        reshard=rl_step.rollout_layout(mesh, config),
         microbatch_seconds=0.0,
         reward_threads=concurrent.futures.ThreadPoolExecutor(REWARD_THREADS),
     )
-    params = machinery.reshard(initial_policy(config))
+    params = rl_step.rollout_layout(mesh, config)(initial_policy(config))
     state = RunState(
         steps_done=0,
         learner=learner.init_state(mesh, config.policy, machinery.tx, params),
@@ -123,7 +127,11 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
         state.rollout_params,
         state.drafter,
         state.buffer,
-        extra=[lambda: rl_step.update_program(machinery, update)],
+        extra=[
+            lambda: rl_step.update_program(machinery, update),
+            lambda: rl_step.to_rollout_layout(machinery, state.learner.params),
+            lambda: _warm_up_small_operations(machinery),
+        ],
     )
     print(
         f"compiled {programs.pool.compiled} programs in {time.monotonic() - began:.0f}s",
@@ -135,3 +143,15 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
         programs, state.rollout_params, state.drafter, state.buffer
     )
     return dataclasses.replace(machinery, microbatch_seconds=seconds)
+
+
+def _warm_up_small_operations(machinery: Machinery) -> None:
+    """Runs what a step computes outside its programs once, on zeros: JAX compiles this as well."""
+    config = machinery.config
+    shape = (config.rollout.prompts_per_step, config.rollout.group_size)
+    advantages.group_relative(
+        jnp.zeros(shape).reshape(-1).reshape(shape), normalize=config.learner.normalize_advantages
+    )
+    machinery.step_key(0)
+    for step in (0, config.learner.warmup_steps + 1):
+        rl_step.learning_rate(config, step)

@@ -110,9 +110,14 @@ def tree_init(specs: Any, key: jax.Array, dtype: jnp.dtype) -> Any:
     return jax.tree.unflatten(treedef, [init(*pair) for pair in zip(leaves, keys, strict=True)])
 
 
-def resharder(shardings: Any) -> Callable[[Any], Any]:
+def cast(tree: Any, dtype: jnp.dtype | str) -> Any:
+    """The tree in another dtype; master weights are float32, working copies may be narrower."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def resharder(shardings: Any, dtype: jnp.dtype | str) -> Callable[[Any], Any]:
     """One jitted program that copies a tree into `shardings`: the step from learner to rollout."""
-    return jax.jit(lambda tree: tree, out_shardings=shardings)
+    return jax.jit(lambda tree: cast(tree, dtype), out_shardings=shardings)
 
 
 def to_host(tree: Any) -> Any:

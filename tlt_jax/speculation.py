@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import drafter, policy, sampling
+from tlt_jax import drafter, kv_cache, policy, sampling
 from tlt_jax.config import PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.types import SamplingParams, Strategy
@@ -94,10 +94,7 @@ def _window(whole: jax.Array, starts: jax.Array, count: int) -> jax.Array:
 def _put(whole: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Writes [B, count, ...] into [B, S, ...] at `starts` [B]."""
 
-    def place(row: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, values.astype(row.dtype), start, axis=0)
-
-    return jax.vmap(place)(whole, new, starts)
+    return kv_cache.put_rows(whole, new.astype(whole.dtype), starts, axis=1)
 
 
 def _draft_rows(state: RolloutState) -> tuple[jax.Array, LayerCache]:

@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tlt_jax import drafter, losses, policy
+from tlt_jax import drafter, losses, policy, sharding
 from tlt_jax.buffer import DrafterBuffer, Microbatch, sample
 from tlt_jax.config import DrafterConfig, PolicyConfig
 
 
 @struct.dataclass
 class DrafterState:
-    """Trainable state of the drafter; equal on all slices."""
+    """Trainable state of the drafter; equal on all slices.
+
+    Parameters are float32 whatever the policy's dtype: small updates would round away in bfloat16.
+    """
 
     params: Any
     opt_state: Any
@@ -45,8 +48,9 @@ def optimizer(config: DrafterConfig) -> optax.GradientTransformation:
 
 def init_state(config: DrafterConfig, params: Any) -> DrafterState:
     """Version 0 of a drafter."""
+    master = sharding.cast(params, jnp.float32)
     return DrafterState(
-        params=params, opt_state=optimizer(config).init(params), version=jnp.int32(0)
+        params=master, opt_state=optimizer(config).init(master), version=jnp.int32(0)
     )
 
 
@@ -57,28 +61,35 @@ def loss_sum(
     config: DrafterConfig,
     microbatch: Microbatch,
 ) -> tuple[jax.Array, jax.Array]:
-    """EAGLE objective (arXiv 2401.15077, section 3.2) summed over pairs, and the pair count.
+    """EAGLE objective (arXiv 2401.15077, section 3.2), summed over pairs and draft depths.
 
     Smooth-L1 between estimated and true feature plus cross-entropy against the target's own
-    distribution, both at h[t + 1]. No gradient reaches the target's embedding and head.
+    distribution, both at h[t + 1], at each of the draft depths 1 .. `config.train_depth`. No
+    gradient reaches the target's embedding and head. Returns the sum and how many terms it has.
     """
     target_params = jax.lax.stop_gradient(target_params)
+    params = sharding.cast(params, policy_config.dtype)
     pairs = drafter.training_pairs(microbatch.tokens, microbatch.features, microbatch.segment_ids)
-    estimates = drafter.packed_forward(
+    depths = drafter.packed_steps(
         params,
         policy_config,
         pairs.features,
         policy.embed(target_params, pairs.next_tokens),
         microbatch.positions,
         microbatch.segment_ids,
+        steps=config.train_depth,
     )
-    regression = losses.smooth_l1(estimates, pairs.target_features)
-    agreement = losses.soft_cross_entropy(
-        policy.logits(target_params, estimates),
-        policy.logits(target_params, pairs.target_features),
-    )
-    per_pair = agreement + config.feature_loss_weight * regression
-    return jnp.sum(per_pair * pairs.weights), jnp.sum(pairs.weights)
+    target_logits = policy.logits(target_params, pairs.target_features)
+    loss, count = jnp.float32(0), jnp.float32(0)
+    for estimates, exists in depths:
+        weights = pairs.weights * exists
+        regression = losses.smooth_l1(estimates, pairs.target_features)
+        agreement = losses.soft_cross_entropy(
+            policy.logits(target_params, estimates), target_logits
+        )
+        loss += jnp.sum((agreement + config.feature_loss_weight * regression) * weights)
+        count += jnp.sum(weights)
+    return loss, count
 
 
 def zero_sum(params: Any) -> GradientSum:
@@ -124,7 +135,12 @@ def accumulate(
     count = jnp.where(buffer.filled > 0, microbatches, 0)
 
     def body(index: jax.Array, total: GradientSum) -> GradientSum:
-        microbatch = sample(buffer, jax.random.fold_in(key, index), rows=config.microbatch_rows)
+        microbatch = sample(
+            buffer,
+            jax.random.fold_in(key, index),
+            rows=config.microbatch_rows,
+            window=config.window,
+        )
         return add_microbatch(total, params, target_params, policy_config, config, microbatch)
 
     return jax.lax.fori_loop(0, count, body, zero_sum(params))

@@ -11,7 +11,6 @@ import pathlib
 import time
 
 import jax
-from absl import app
 
 from tlt_jax import command_line, setup, weights
 from tlt_jax.checkpoint import Checkpoints
@@ -23,11 +22,11 @@ from tlt_jax.reporting.writers import (
     progress_line,
     write_atomically,
 )
-from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step
+from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step, to_rollout_layout
 from tlt_jax.types import UserError
 
-# A resumed run may differ from the stopped one in these and still end with the same parameters.
-MAY_CHANGE = ("benchmark", "checkpoint")
+# What a resumed run may set anew: it changes no step that is done already.
+MAY_CHANGE = ("benchmark", "checkpoint", "num_steps")
 
 
 class RunLog:
@@ -89,19 +88,18 @@ def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """
     path = workdir / "config.json"
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    if not path.exists():
-        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-        return
-    try:
-        kept = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
-    different = _first_difference(kept, values, "config")
-    if different is not None:
-        raise UserError(
-            f"{workdir} holds a run with another {different}; give the same value, or another "
-            "--workdir."
-        )
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
+        different = _first_difference(kept, values, "config")
+        if different is not None:
+            raise UserError(
+                f"{workdir} holds a run with another {different}; give the same value, or another "
+                "--workdir."
+            )
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _first_difference(kept: object, asked: object, where: str) -> str | None:
@@ -135,7 +133,7 @@ def resume(machinery: Machinery, state: RunState, checkpoints: Checkpoints) -> R
     print(f"resuming after step {record['steps_done']}", flush=True)
     return RunState(
         steps_done=record["steps_done"],
-        rollout_params=machinery.reshard(arrays["learner"].params),
+        rollout_params=to_rollout_layout(machinery, arrays["learner"].params),
         idle_credit=record["idle_credit"],
         **arrays,
     )
@@ -157,4 +155,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(command_line.guarded(main))
+    command_line.run(main)

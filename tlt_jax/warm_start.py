@@ -3,8 +3,9 @@
     python -m tlt_jax.warm_start --config=configs/quickstart.py --workdir=DIR
 
 Packed demonstrations of the task train the policy by next-token cross-entropy; then the drafter
-learns the policy's features on the same rows. Writes `policy.safetensors`, `drafter.safetensors`
-and `warm_start.json` into the workdir.
+learns the policy's features on the same rows. Both go on from `config.warm_start_dir`;
+`--config.warm_start_dir=` (empty) begins from random parameters. Writes `policy.safetensors`,
+`drafter.safetensors` and `warm_start.json` into the workdir.
 """
 
 import functools
@@ -17,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tlt_jax import command_line, drafter, policy, sharding, spot_training, weights
+from tlt_jax import command_line, policy, setup, sharding, spot_training, weights
 from tlt_jax.buffer import Microbatch
 from tlt_jax.config import RunConfig
 from tlt_jax.tasks import pipeline
@@ -111,8 +111,7 @@ def warm_start(config: RunConfig, workdir: pathlib.Path) -> None:
         source, task, seed=config.seed, row_length=config.warm_start.row_length
     )
     batches = Batches(rows, config, mesh)
-    key = jax.random.key(config.seed)
-    params = jax.device_put(policy.init(config.policy, key), sharding.replicated(mesh))
+    params = jax.device_put(setup.initial_policy(config), sharding.replicated(mesh))
     began = time.monotonic()
 
     opt_state = policy_optimizer(config).init(params)
@@ -120,9 +119,7 @@ def warm_start(config: RunConfig, workdir: pathlib.Path) -> None:
         params, opt_state, policy_loss = policy_step(params, opt_state, batches.next(), config)
         _progress("policy", step, config.warm_start.policy_steps, policy_loss, began)
 
-    fresh = drafter.init(config.policy, config.drafter, jax.random.fold_in(key, 1))
-    state = spot_training.init_state(config.drafter, fresh)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = setup.drafter_state(config, mesh, setup.initial_drafter(config))
     drafter_loss = jnp.float32(jnp.nan)
     for step in range(config.warm_start.drafter_steps):
         state, drafter_loss = drafter_step(state, params, batches.next(), config)
@@ -153,4 +150,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(command_line.guarded(main))
+    command_line.run(main)

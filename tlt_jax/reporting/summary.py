@@ -186,7 +186,7 @@ def _commands(workdir: str) -> list[str]:
         "",
         "```",
         f"python -m tlt_jax.train --config=CONFIG --workdir={workdir}",
-        f"python -m tlt_jax.benchmark --config=CONFIG --workdir={workdir}-benchmark",
+        f"python -m tlt_jax.benchmark --config=CONFIG --workdir={workdir}",
         f"python -m tlt_jax.report {workdir}",
         "```",
     ]

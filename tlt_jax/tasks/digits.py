@@ -1,10 +1,8 @@
-"""Two-digit numbers as words, and the slips that an author makes in writing them."""
+"""Numbers of two digits, written as one word per digit, and an author's slips in a digit."""
 
 from collections.abc import Sequence
 
 import numpy as np
-
-DIGITS = "0123456789"
 
 
 def to_words(number: int) -> str:
@@ -21,11 +19,11 @@ def from_words(words: Sequence[str]) -> int | None:
 
 def is_digit(word: str) -> bool:
     """Whether `word` is one of the ten ASCII digits (`str.isdigit` takes others as well)."""
-    return len(word) == 1 and word in DIGITS
+    return len(word) == 1 and word in "0123456789"
 
 
 def slipped(rng: np.random.Generator, number: int) -> int:
-    """`number` in [0, 99] with one of its two digits replaced by another digit."""
+    """`number` in [0, 99] with one of its two digits replaced: 39 becomes 9, 34, 79 ..."""
     digits = [number // 10, number % 10]
     place = rng.integers(2)
     digits[place] = int(digits[place] + rng.integers(1, 10)) % 10

@@ -1,12 +1,12 @@
 """Find the pair of numbers that sums to the goal: dataset, author and reward.
 
-Prompt `nums 1 4 2 5 3 7 goal 5 1 :` asks which two of 14, 25 and 37 sum to 51. The demonstrated
+Prompt `nums 14 25 37 goal 51 :` asks which two of 14, 25 and 37 sum to 51. The demonstrated
 author is forgetful (tries random pairs again and again, so lengths for one prompt are geometric:
 a long tail), hasty (may accept a wrong pair) and slips now and then in arithmetic:
 
-    try 1 4 + 2 5 : 0 9 , 3 9 no try 3 7 + 1 4 : 1 1 , 5 1 yes answer 3 7 1 4
+    try 14 + 25 : 4 + 5 = 9 , 39 no try 37 + 14 : 7 + 4 = 11 , 51 yes answer 37 14
 
-A try writes the sum of the units digits, then the total, then the verdict.
+A try adds the units digits, then writes the total, then the verdict. Every number is one word.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from tlt_jax.tasks.builder import MixConfig, TaskBuilder
-from tlt_jax.tasks.digits import from_words, slipped, to_words
+from tlt_jax.tasks.digits import slipped
 from tlt_jax.tasks.task import Task
 from tlt_jax.tasks.tokenizer import Tokenizer
 from tlt_jax.types import UserError
@@ -29,7 +29,7 @@ MAX_TRIES = 30
 
 _SMALLEST, _LARGEST = 10, 49  # two digits each, and so are all sums
 _MAX_NUMBERS = 6
-_MAX_PROMPT_TOKENS = 2 * _MAX_NUMBERS + 6  # bos, nums, goal, two goal digits, colon
+_MAX_PROMPT_TOKENS = _MAX_NUMBERS + 5  # bos, nums, goal, the goal's number, colon
 
 
 def draw_prompt(rng: np.random.Generator, size: int) -> str:
@@ -40,7 +40,7 @@ def draw_prompt(rng: np.random.Generator, size: int) -> str:
         if len(set(sums)) == len(sums):
             break
     goal = sums[rng.integers(len(sums))]
-    return f"nums {' '.join(map(to_words, numbers))} goal {to_words(goal)} :"
+    return f"nums {' '.join(map(str, numbers))} goal {goal} :"
 
 
 def demonstrate(
@@ -57,14 +57,12 @@ def demonstrate(
         total = slipped(rng, a + b) if rng.random() < slip else a + b
         # The author believes the total on the page, slip or not.
         accepted = total == goal or rng.random() < hasty
-        units = to_words(a % 10 + b % 10)
-        attempts.append(
-            f"try {to_words(a)} + {to_words(b)} : {units} , {to_words(total)} "
-            f"{'yes' if accepted else 'no'}"
-        )
+        units = f"{a % 10} + {b % 10} = {a % 10 + b % 10}"
+        verdict = "yes" if accepted else "no"
+        attempts.append(f"try {a} + {b} : {units} , {total} {verdict}")
         if accepted:
             break
-    return f"{' '.join(attempts)} answer {to_words(a)} {to_words(b)}"
+    return f"{' '.join(attempts)} answer {a} {b}"
 
 
 def reward(prompt: str, response: str) -> float:
@@ -78,10 +76,10 @@ def reward(prompt: str, response: str) -> float:
       UserError: `prompt` is not a prompt of this task.
     """
     numbers, goal = _parse(prompt)
-    ending = response.split(" ")[-5:]
-    if len(ending) != 5 or ending[0] != "answer":
+    ending = response.split(" ")[-3:]
+    if len(ending) != 3 or ending[0] != "answer":
         return 0.0
-    a, b = from_words(ending[1:3]), from_words(ending[3:5])
+    a, b = map(_number, ending[1:])
     if a is None or b is None or a not in numbers or b not in numbers:
         return 0.0
     if a == b and numbers.count(a) < 2:
@@ -89,16 +87,22 @@ def reward(prompt: str, response: str) -> float:
     return float(a + b == goal)
 
 
+def _number(word: str) -> int | None:
+    """The number that `word` writes in one or two ASCII digits without a leading zero, or None."""
+    number = int(word) if word.isascii() and word.isdigit() and len(word) <= 2 else None
+    return number if str(number) == word else None
+
+
 def _parse(prompt: str) -> tuple[list[int], int]:
     """Returns the numbers and the goal of `prompt`."""
     words = prompt.split(" ")
-    entries = [words[k : k + 2] for k in range(1, len(words) - 4, 2)]
-    numbers = [number for number in map(from_words, entries) if number is not None]
-    goal = from_words(words[-3:-1])
-    shape = (words[0], *words[-4:-3], words[-1])
+    entries = [_number(word) for word in words[1:-3]]
+    numbers = [number for number in entries if number is not None]
+    goal = _number(words[-2]) if len(words) > 3 else None
+    shape = (words[0], *words[-3:-2], words[-1])
     if shape != ("nums", "goal", ":") or goal is None or not 2 <= len(numbers) == len(entries):
         raise UserError(
-            f"{prompt!r} is no prompt of the task 'pairs'; one reads 'nums 1 4 2 5 3 7 goal 5 1 :'."
+            f"{prompt!r} is no prompt of the task 'pairs'; one reads 'nums 14 25 37 goal 51 :'."
         )
     return numbers, goal
 

@@ -1,4 +1,7 @@
-"""A word-level tokenizer over one small fixed vocabulary that every task shares."""
+"""A word-level tokenizer over one fixed vocabulary that every task shares.
+
+Each number from 0 to 99 is a word; a task may write its numbers whole or digit by digit.
+"""
 
 import dataclasses
 import functools
@@ -7,10 +10,10 @@ from collections.abc import Iterable
 from tlt_jax.types import UserError
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-VOCAB_SIZE = 64
+VOCAB_SIZE = 128
 
 _WORDS = (
-    *"0123456789",
+    *(str(number) for number in range(100)),
     *"+-*=:,;()",
     *("try", "no", "yes", "answer", "nums", "goal", "reach", "with", "check", "ok", "retry", "so"),
 )
