@@ -2,6 +2,11 @@
 
 A 3M-parameter policy (16 layers, 128 wide) learns to search for pairs of numbers, on two CPU
 cores. Variants: "" (the run above) and "tiny" (random weights, a few steps, for a first look).
+
+The weights it begins from were made in half an hour on a busy two-core machine by
+
+    python -m tlt_jax.warm_start --config=configs/quickstart.py --config.warm_start_dir= \\
+        --workdir=configs/warm_start/pairs
 """
 
 import dataclasses

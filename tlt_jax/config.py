@@ -180,8 +180,8 @@ class CheckpointConfig:
 class WarmStartConfig:
     """Supervised warm start of the policy and the drafter (`python -m tlt_jax.warm_start`)."""
 
-    policy_steps: int = 1500
-    drafter_steps: int = 200
+    policy_steps: int = 500
+    drafter_steps: int = 120
     batch_rows: int = 8
     row_length: int = 512
     learning_rate: float = 2e-3
