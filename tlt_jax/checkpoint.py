@@ -64,9 +64,8 @@ class Checkpoints:
                 f"checkpoint {self._folder / str(steps_done)} cannot be read ({reason}); remove "
                 "that folder to go on from the checkpoint before it, or from the start."
             ) from error
-        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.arrays)) or (
-            jax.tree.structure(restored.arrays) != jax.tree.structure(like)
-        ):
+        whole = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.arrays))
+        if not whole or str(jax.tree.structure(restored.arrays)) != str(jax.tree.structure(like)):
             raise UserError(
                 f"checkpoint {self._folder / str(steps_done)} cannot be read (it holds other "
                 "arrays than this configuration has); remove that folder, or give another "

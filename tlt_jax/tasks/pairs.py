@@ -110,7 +110,7 @@ def _parse(prompt: str) -> tuple[list[int], int]:
 class Pairs(TaskBuilder):
     """Prompts and demonstrations of the pairs task, in three difficulty mixes."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (tfds declares it as a plain class attribute)
         MixConfig(name="easy", sizes={3: 0.5, 4: 0.5}),
         MixConfig(name="mixed", sizes={3: 0.4, 4: 0.3, 5: 0.3}),
