@@ -8,6 +8,8 @@ import toy_engine
 
 from tlt_jax.sampling import position_noise
 
+pytestmark = pytest.mark.slow  # a minute of compiling
+
 
 def _check(programs, draft):
     """The rollout has the wanted tokens; returns its records."""
