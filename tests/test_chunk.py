@@ -19,6 +19,8 @@ from tlt_jax.types import INVALID
 ROWS, SLICES = 4, 2
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
+pytestmark = pytest.mark.slow  # compiles several chunk programs
+
 
 @pytest.fixture(scope="module")
 def programs():
