@@ -6,6 +6,9 @@ cores. Variants: "" (the run above) and "tiny" (random weights, a few steps, for
 The weights it begins from were made in half an hour on a busy two-core machine by
 
     python -m tlt_jax.warm_start --config=configs/quickstart.py --config.warm_start_dir= \\
+        --config.warm_start.drafter_learning_rate=1e-3 --workdir=configs/warm_start/pairs
+    python -m tlt_jax.warm_start --config=configs/quickstart.py \\
+        --config.warm_start.policy_steps=0 --config.warm_start.drafter_steps=250 \\
         --workdir=configs/warm_start/pairs
 """
 
@@ -22,8 +25,9 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     """The run's `ConfigDict`; raises ValueError for an unknown variant."""
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
-    config.num_steps = 80
-    config.learner.learning_rate = 2e-4
+    config.num_steps = 50
+    config.learner.learning_rate = 1.5e-4
+    config.learner.decay = "cosine"
     if variant == "tiny":
         _shrink(config)
     elif variant:

@@ -93,6 +93,13 @@ def test_the_first_bucket_is_the_smallest_that_holds_all():
     assert programs.having(row_buckets=(32, 6, 1), prompts_per_step=4).first_rows == 32
 
 
+def test_lengths_grow_as_rows_shrink():
+    programs = toy_engine.engine("main")  # row buckets 4 and 1, length buckets 24 and 48
+    assert [programs.least_length(rows) for rows in programs.buckets] == [24, 48]
+    many = programs.having(row_buckets=(8, 4, 2, 1), depths=(0,) * 4, length_buckets=(24, 32, 48))
+    assert [many.least_length(rows) for rows in many.buckets] == [24, 32, 48]  # 8 rows are not used
+
+
 def test_sampler_and_orders_are_data_on_every_device():
     programs = toy_engine.engine("main").having(temperature=0.25)
     sampler = programs.sampler(jax.random.key(3), (2, 7))
@@ -106,10 +113,10 @@ def test_sampler_and_orders_are_data_on_every_device():
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # Per row and length bucket a chunk, with idle training two; growing from one length,
-        # shrinking from one row bucket; prefill.
-        ("main", 2 * 2 * 2 + 2 + 2 + 1),
-        ("plain", 2 * 2 + 2 + 2 + 1),
+        # A chunk for 4 rows of either length and for 1 long row, with idle training two; growing
+        # from one length, shrinking from one row bucket; prefill.
+        ("main", 3 * 2 + 2 + 2 + 1),
+        ("plain", 3 + 2 + 2 + 1),
         ("one slice", 2 + 1),
         ("plain, then chains", 2 + 1 + 1),
     ],

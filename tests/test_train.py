@@ -45,8 +45,6 @@ CONFIG_FILE = """
 import dataclasses, json, pathlib
 from ml_collections import config_dict
 
-pytestmark = pytest.mark.slow  # every test is a run of its own, compiled anew
-
 def get_config():
     values = json.loads((pathlib.Path(__file__).parent / "values.json").read_text())
     for group in values.values():
@@ -248,7 +246,6 @@ def test_a_misspelt_key_ends_the_command_with_one_line(command, tmp_path):
 
 def test_a_workdir_of_another_run_is_refused(unbroken, config, tmp_path):
     """The first difference is named; how often checkpoints are written may change."""
-    workdir = unbroken[0]
     workdir = tmp_path
     shutil.copy(unbroken[0] / "config.json", workdir)
     other = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep=5), num_steps=9)

@@ -45,10 +45,12 @@ def cached(
     Returns:
       The output [B, T, N, H] and the written cache.
     """
-    cache = write(cache, k, v, lengths)
-    if backend == "tpu":
-        return _kernel_on_each_device(q, cache.k, cache.v, lengths, draft_mask), cache
-    return verify_attention(q, cache.k, cache.v, lengths, draft_mask, backend=backend), cache
+    with jax.named_scope("cache_write"):
+        cache = write(cache, k, v, lengths)
+    with jax.named_scope("attention_scores"):
+        if backend == "tpu":
+            return _kernel_on_each_device(q, cache.k, cache.v, lengths, draft_mask), cache
+        return verify_attention(q, cache.k, cache.v, lengths, draft_mask, backend=backend), cache
 
 
 def _kernel_on_each_device(

@@ -4,7 +4,8 @@
 
 Takes the weights of the run in the workdir if it has ended, else those of its warm start. Every
 mode first runs all batches once, untimed: that compiles its programs and gives the tokens to
-compare. Then timed modes take turns. Prints a table and writes `benchmark.json`.
+compare. Then timed modes take turns. Prints a table, and where a round's time goes in plain
+decoding and in the configured mix; writes `benchmark.json`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from tlt_jax import (
     drafter,
     metrics,
     policy,
+    profiling,
     rl_step,
     rollout,
     setup,
@@ -180,10 +182,14 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
         workload = compare(config, runners, prompts, batch)
         print(table(workload), flush=True)
         workloads.append(workload)
+        if batch == config.rollout.num_sequences:
+            profile = [entry for runner in runners for entry in round_profile(runner)]
+            print(profile_table(profile), flush=True)
     results = {
         "weights": origin,
         "repeats": config.benchmark.repeats,
         "workloads": workloads,
+        "profile": profile,
     }
     write_atomically(workdir / "benchmark.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
@@ -251,6 +257,28 @@ def check_mode(
     return found
 
 
+def round_profile(runner: Runner) -> list[dict[str, Any]]:
+    """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
+    if runner.mode.name not in ("plain", "by bucket"):
+        return []
+    state = None
+    if runner.draft is not None:
+        state = setup.drafter_state(runner.config, runner.programs.mesh, runner.draft)
+    return profiling.round_profile(runner.programs, runner.target, state)
+
+
+def profile_table(profile: list[dict[str, Any]]) -> str:
+    """`round_profile` as aligned text, milliseconds of one round of one slice."""
+    scopes = [*profiling.SCOPES, "other"]
+    lines = ["milliseconds of a round by what they are spent on, one slice"]
+    lines.append(f"{'strategy':<10}{'rows':>5}{'length':>8}" + "".join(f"{s:>18}" for s in scopes))
+    for entry in profile:
+        spent = entry["milliseconds"]
+        cells = "".join(f"{spent.get(scope, 0.0):>18.3f}" for scope in scopes)
+        lines.append(f"{entry['strategy']:<10}{entry['rows']:>5}{entry['length']:>8}{cells}")
+    return "\n".join(lines)
+
+
 def mode_row(
     runner: Runner, tokens: int, plain: Runner, parted: list[comparison.Parting]
 ) -> dict[str, Any]:
@@ -304,7 +332,7 @@ def table(workload: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     config, workdir = command_line.start(
-        argv, slices=lambda config: max(config.mesh.slices, *config.benchmark.other_slices)
+        argv, slices=lambda config: max([config.mesh.slices, *config.benchmark.other_slices])
     )
     jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
     benchmark(config, workdir)

@@ -15,11 +15,26 @@ from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind
 from tlt_jax.programs import RolloutPrograms
+from tlt_jax.speculation import RolloutState
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import INVALID
 
 MICROBATCHES = 4
 REPEATS = 3
+
+
+def synthetic_rows(programs: RolloutPrograms, target: Any, *, live: bool) -> RolloutState:
+    """Prefilled rows that fill every slot: with room for a whole response, or all ended."""
+    config = programs.rollout
+    count = programs.slices * programs.first_rows
+    limit = config.max_prompt_length + (config.max_response_length if live else 0)
+    batch = (
+        np.ones((count, config.max_prompt_length), np.int32),
+        np.full(count, config.max_prompt_length if live else 1, np.int32),
+        np.full(count, limit, np.int32),
+        np.arange(count, dtype=np.int32) if live else np.full(count, INVALID, np.int32),
+    )
+    return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
 def microbatch_seconds(
@@ -30,18 +45,7 @@ def microbatch_seconds(
     The chunk program itself is timed, with rows that have all ended; results are thrown away and
     the arguments stay as they are.
     """
-    config = programs.rollout
-    count = programs.slices * programs.first_rows
-    batch = (
-        np.zeros((count, config.max_prompt_length), np.int32),
-        np.ones(count, np.int32),
-        np.full(count, config.max_prompt_length, np.int32),
-        np.full(count, INVALID, np.int32),
-    )
-    rows = programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
-    for bucket in config.row_buckets:
-        if bucket < programs.first_rows:
-            rows = programs.shrink(rows, bucket)
+    rows = programs.compact(synthetic_rows(programs, target, live=False), 0)
     sampler = programs.sampler(jax.random.key(0), (0,))
     kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // programs.slices), training=True)
     buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))

@@ -73,8 +73,9 @@ class RolloutConfig:
     """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
 
     `row_buckets` are rows per slice, falling; `depths` gives the draft depth in each of them
-    (0 is plain decoding). A sequence gains at most `chunk_tokens` tokens in a chunk, so a chunk of
-    draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
+    (0 is plain decoding). As rows shrink, lengths grow: the k-th row bucket in use has caches of
+    the k-th length bucket or longer. A sequence gains at most `chunk_tokens` tokens in a chunk, so
+    a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
     """
 
     prompts_per_step: int = 4
@@ -86,7 +87,7 @@ class RolloutConfig:
     top_p: float = 1.0
     speculate: bool = True
     row_buckets: tuple[int, ...] = (16, 8, 4, 2)
-    depths: tuple[int, ...] = (2, 4, 4, 4)
+    depths: tuple[int, ...] = (2, 4, 8, 8)
     length_buckets: tuple[int, ...] = (128, 512)
     chunk_tokens: int = 64
 
@@ -142,7 +143,7 @@ class DrafterConfig:
     microbatch_rows: int = 1
     window: int = 192
     train_depth: int = 3
-    rounds_per_microbatch: int = 8
+    rounds_per_microbatch: int = 2
     between_steps_budget: float = 0.03
 
 
@@ -180,8 +181,8 @@ class CheckpointConfig:
 class WarmStartConfig:
     """Supervised warm start of the policy and the drafter (`python -m tlt_jax.warm_start`)."""
 
-    policy_steps: int = 500
-    drafter_steps: int = 120
+    policy_steps: int = 600
+    drafter_steps: int = 200
     batch_rows: int = 8
     row_length: int = 512
     learning_rate: float = 2e-3

@@ -50,6 +50,16 @@ class RolloutPrograms:
         per_slice = -(-self.rollout.num_sequences // self.slices)
         return min(bucket for bucket in self.rollout.row_buckets if bucket >= per_slice)
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Row buckets that a rollout can come to, falling."""
+        return tuple(rows for rows in self.rollout.row_buckets if rows <= self.first_rows)
+
+    def least_length(self, rows: int) -> int:
+        """Shortest caches of a row bucket: lengths grow as rows shrink, so few pairs compile."""
+        lengths = self.rollout.length_buckets
+        return lengths[min(self.buckets.index(rows), len(lengths) - 1)]
+
     def strategy(self, rows: int) -> Strategy:
         """Strategy of the bucket of `rows` rows per slice."""
         return self.rollout.strategy(rows) if self.drafting else Strategy(0)
@@ -87,7 +97,19 @@ class RolloutPrograms:
     ) -> tuple[DrafterState | None, DrafterBuffer | None, RolloutState, ChunkReport]:
         """Runs a chunk; see `chunk.chunk_program`. Drafter state, buffer and rows are donated."""
         arguments = (target, drafter_state, buffer, sampler, orders, rows)
-        return self._chunk(kind, arguments)(*arguments)
+        return self.chunk_program(kind, arguments)(*arguments)
+
+    def compact(self, rows: RolloutState, most: int) -> RolloutState:
+        """Live rows in the smallest bucket for `most` of them per slice, in caches as long as its.
+
+        It goes from bucket to bucket, for which there are programs.
+        """
+        for bucket in self.buckets:
+            if most <= bucket < rows.tokens.shape[0] // self.slices:
+                rows = self.shrink(rows, bucket)
+        while rows.tokens.shape[1] < self.least_length(rows.tokens.shape[0] // self.slices):
+            rows = self.grow(rows)
+        return rows
 
     def shrink(self, rows: RolloutState, bucket: int) -> RolloutState:
         """Keeps `bucket` rows per slice, the live ones first."""
@@ -108,14 +130,14 @@ class RolloutPrograms:
         """Compiles every program that a rollout of this configuration can need, and `extra`."""
         sampler = self.sampler(jax.random.key(0), (0,))
         orders = self.orders(rounds=0, index=0)
-        buckets = [rows for rows in self.rollout.row_buckets if rows <= self.first_rows]
+        buckets = self.buckets
         jobs: list[Callable[[], Any]] = list(extra)
         for length in self.rollout.length_buckets:
             for rows in buckets:
                 shapes = self._state_shapes(target, rows, length)
-                for kind in self._kinds(rows):
+                for kind in self._kinds(rows) if length >= self.least_length(rows) else ():
                     arguments = (target, drafter_state, buffer, sampler, orders, shapes)
-                    jobs.append(functools.partial(self._chunk, kind, arguments))
+                    jobs.append(functools.partial(self.chunk_program, kind, arguments))
                 if length != self.rollout.length_buckets[-1]:
                     jobs.append(functools.partial(self._grow, shapes))
                 if rows != buckets[-1]:
@@ -144,7 +166,8 @@ class RolloutPrograms:
             self.mesh, self.policy, length=length, keep_features=self.drafting
         )
 
-    def _chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
+    def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
+        """The compiled program of `chunk`."""
         return self.pool.get(
             ("chunk", kind, arguments[-1].tokens.shape, arguments[2] is not None),
             lambda: chunk.chunk_program(

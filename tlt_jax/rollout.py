@@ -186,9 +186,7 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
 def _fit(programs: RolloutPrograms, flight: _Flight) -> None:
     """Compacts rows into the smallest bucket that holds them; lengthens caches that are full."""
     most = int(flight.live_by_slice(programs.slices).max())
-    for bucket in programs.rollout.row_buckets:
-        if most <= bucket < flight.rows.tokens.shape[0] // programs.slices:
-            flight.rows = programs.shrink(flight.rows, bucket)
+    flight.rows = programs.compact(flight.rows, most)
     flight.live = sharding.to_host(flight.rows.live)
     while _room(programs, flight) == 0:
         flight.rows = programs.grow(flight.rows)

@@ -213,13 +213,14 @@ def run_round(
     stats: RoundStats,
 ) -> tuple[RolloutState, RoundStats]:
     """One round on all rows of a slice; rows that are not live are computed but not changed."""
-    noise = sampling.position_noise(
-        sampler.key,
-        state.sequence_ids,
-        state.length,
-        count=strategy.verify_tokens,
-        vocab_size=config.vocab_size,
-    )
+    with jax.named_scope("noise"):
+        noise = sampling.position_noise(
+            sampler.key,
+            state.sequence_ids,
+            state.length,
+            count=strategy.verify_tokens,
+            vocab_size=config.vocab_size,
+        )
     pending = state.length - 1
     query = _window(state.tokens, pending, 1)
     drafts = jnp.zeros((query.shape[0], 0), jnp.int32)
@@ -231,26 +232,41 @@ def run_round(
 
     with jax.named_scope("verify"):
         hidden, _, cache = policy.decode(models.target, config, query, state.cache, pending)
+    with jax.named_scope("head"):
         processed = sampling.process_logits(policy.logits(models.target, hidden), sampler.params)
         taken = sampling.pick(processed, noise, sampler.params)
         log_probs = sampling.log_probs(processed, taken, sampler.params)
 
-    count, live, accepted = count_committed(drafts, taken, state, sampler.stop_tokens)
+    with jax.named_scope("commit"):
+        state = dataclasses.replace(state, cache=cache)
+        return _commit(state, stats, drafts, taken, log_probs, hidden, sampler.stop_tokens)
+
+
+def _commit(
+    state: RolloutState,
+    stats: RoundStats,
+    drafts: jax.Array,
+    taken: jax.Array,
+    log_probs: jax.Array,
+    hidden: jax.Array,
+    stop_tokens: jax.Array,
+) -> tuple[RolloutState, RoundStats]:
+    """Keeps what was verified: tokens, log-probabilities [B, d + 1] and features [B, d + 1, D]."""
+    count, live, accepted = count_committed(drafts, taken, state, stop_tokens)
+    reached = accepted[:, None] > jnp.arange(drafts.shape[1])
     stats = RoundStats(
         rounds=stats.rounds + 1,
         row_rounds=stats.row_rounds + jnp.sum(state.live),
         committed=stats.committed + jnp.sum(count),
-        accepted=stats.accepted
-        + jnp.sum(state.live[:, None] & (accepted[:, None] > jnp.arange(strategy.depth)), axis=0),
+        accepted=stats.accepted + jnp.sum(state.live[:, None] & reached, axis=0),
     )
     features = state.features
     if features is not None:
-        features = _put(features, hidden, pending)
+        features = _put(features, hidden, state.length - 1)
     state = dataclasses.replace(
         state,
         tokens=_put(state.tokens, taken, state.length),
         log_probs=_put(state.log_probs, log_probs, state.length),
-        cache=cache,
         features=features,
         length=state.length + count,
         live=live,

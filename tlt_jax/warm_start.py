@@ -8,6 +8,7 @@ learns the policy's features on the same rows. Both go on from `config.warm_star
 `drafter.safetensors` and `warm_start.json` into the workdir.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -44,7 +45,7 @@ def policy_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """AdamW, warm-up over a twentieth of the steps, then a cosine to zero."""
     steps = config.warm_start.policy_steps
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.warm_start.learning_rate, max(steps // 20, 1), steps
+        0.0, config.warm_start.learning_rate, max(steps // 20, 1), max(steps, 2)
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
 
@@ -103,7 +104,7 @@ class Batches:
 
 
 def warm_start(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Runs both phases and writes the three files."""
+    """Runs both phases, of which either may have 0 steps, and writes the three files."""
     mesh = sharding.make_mesh(config.mesh)
     task = get_task(config.task.name)
     source = pipeline.load_source(task, config.task.mix, "train", config.task.data_dir)
@@ -111,31 +112,51 @@ def warm_start(config: RunConfig, workdir: pathlib.Path) -> None:
         source, task, seed=config.seed, row_length=config.warm_start.row_length
     )
     batches = Batches(rows, config, mesh)
-    params = jax.device_put(setup.initial_policy(config), sharding.replicated(mesh))
     began = time.monotonic()
-
-    opt_state = policy_optimizer(config).init(params)
-    for step in range(config.warm_start.policy_steps):
-        params, opt_state, policy_loss = policy_step(params, opt_state, batches.next(), config)
-        _progress("policy", step, config.warm_start.policy_steps, policy_loss, began)
-
-    state = setup.drafter_state(config, mesh, setup.initial_drafter(config))
-    drafter_loss = jnp.float32(jnp.nan)
-    for step in range(config.warm_start.drafter_steps):
-        state, drafter_loss = drafter_step(state, params, batches.next(), config)
-        _progress("drafter", step, config.warm_start.drafter_steps, drafter_loss, began)
-
+    params, policy_loss = train_policy(config, mesh, batches, began)
+    draft, drafter_loss = train_drafter(config, mesh, batches, params, began)
     weights.save(workdir / "policy.safetensors", params)
-    weights.save(workdir / "drafter.safetensors", state.params)
+    weights.save(workdir / "drafter.safetensors", draft)
     report = {
         "task": config.task.name,
         "mix": config.task.mix,
-        "policy_loss": float(policy_loss),
-        "drafter_loss": float(drafter_loss),
+        "began_from": config.warm_start_dir or "random parameters",
+        "policy_steps": config.warm_start.policy_steps,
+        "policy_loss": policy_loss,
+        "drafter_steps": config.warm_start.drafter_steps,
+        "drafter_loss": drafter_loss,
         "seconds": round(time.monotonic() - began, 1),
     }
     (workdir / "warm_start.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {workdir}/policy.safetensors and drafter.safetensors", flush=True)
+
+
+def train_policy(
+    config: RunConfig, mesh: jax.sharding.Mesh, batches: Batches, began: float
+) -> tuple[Any, float | None]:
+    """Policy parameters and the last loss, None without steps."""
+    params = jax.device_put(setup.initial_policy(config), sharding.replicated(mesh))
+    steps, loss = config.warm_start.policy_steps, None
+    opt_state = policy_optimizer(config).init(params)
+    for step in range(steps):
+        params, opt_state, loss = policy_step(params, opt_state, batches.next(), config)
+        _progress("policy", step, steps, loss, began)
+    return params, None if loss is None else float(loss)
+
+
+def train_drafter(
+    config: RunConfig, mesh: jax.sharding.Mesh, batches: Batches, target: Any, began: float
+) -> tuple[Any, float | None]:
+    """Drafter parameters and the last loss, None without steps."""
+    rate = config.warm_start.drafter_learning_rate
+    held = dataclasses.replace(config.drafter, learning_rate=rate)
+    config = dataclasses.replace(config, drafter=held)
+    state = setup.drafter_state(config, mesh, setup.initial_drafter(config))
+    steps, loss = config.warm_start.drafter_steps, None
+    for step in range(steps):
+        state, loss = drafter_step(state, target, batches.next(), config)
+        _progress("drafter", step, steps, loss, began)
+    return state.params, None if loss is None else float(loss)
 
 
 def _progress(what: str, step: int, steps: int, loss: jax.Array, began: float) -> None:

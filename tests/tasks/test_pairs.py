@@ -106,10 +106,17 @@ def test_a_patient_author_who_never_slips_is_right_unless_out_of_tries():
 
 
 def _parsed(attempt):
-    """The numbers and the verdict of `14 + 25 : 4 + 5 = 9 , 39 no`, in order."""
+    """The numbers, the compared digits and the verdict of an attempt, in order.
+
+    Of `14 + 37 : 4 + 7 = 11 , 51 goal 51 : 5 5 , 1 1 yes` for example, or of one that ends after
+    the tens digits.
+    """
     words = attempt.split()
-    assert words[1:10:2] == ["+", ":", "+", "=", ","] and len(words) == 12
-    return (*map(int, words[0:11:2]), words[11])
+    assert words[1:10:2] == ["+", ":", "+", "=", ","] and words[11] == "goal" and words[13] == ":"
+    compared = words[14:-1]
+    assert len(compared) == 2 or (len(compared) == 5 and compared[2] == ",")
+    digits = [int(word) for word in compared if word != ","]
+    return (*map(int, words[0:11:2]), int(words[12]), digits, words[-1])
 
 
 def test_each_try_of_a_careful_author_is_worked_out_right():
@@ -117,7 +124,10 @@ def test_each_try_of_a_careful_author_is_worked_out_right():
     tries = response.split(" answer ")[0].split("try ")[1:]
     assert tries
     for attempt in tries:
-        a, b, a0, b0, units, total, verdict = _parsed(attempt)
+        a, b, a0, b0, units, total, goal, digits, verdict = _parsed(attempt)
+        assert goal == 51
+        both = [total // 10, 5, total % 10, 1]
+        assert digits == (both if total // 10 == 5 else both[:2])
         assert (a0, b0) == (a % 10, b % 10)
         assert units == a0 + b0
         assert total == a + b
@@ -127,7 +137,7 @@ def test_each_try_of_a_careful_author_is_worked_out_right():
 def test_an_author_who_always_slips_never_writes_the_true_total():
     response = pairs.demonstrate(np.random.default_rng(3), PROMPT, hasty=0.0, slip=1.0)
     for attempt in response.split(" answer ")[0].split("try ")[1:]:
-        a, b, _, _, _, total, _ = _parsed(attempt)
+        a, b, _, _, _, total, *_ = _parsed(attempt)
         written, true = f"{total:02d}", f"{a + b:02d}"
         assert sum(w != t for w, t in zip(written, true, strict=True)) == 1
 

@@ -4,9 +4,12 @@ Prompt `nums 14 25 37 goal 51 :` asks which two of 14, 25 and 37 sum to 51. The 
 author is forgetful (tries random pairs again and again, so lengths for one prompt are geometric:
 a long tail), hasty (may accept a wrong pair) and slips now and then in arithmetic:
 
-    try 14 + 25 : 4 + 5 = 9 , 39 no try 37 + 14 : 7 + 4 = 11 , 51 yes answer 37 14
+    try 14 + 25 : 4 + 5 = 9 , 39 goal 51 : 3 5 no
+    try 37 + 14 : 7 + 4 = 11 , 51 goal 51 : 5 5 , 1 1 yes answer 37 14
 
-A try adds the units digits, then writes the total, then the verdict. Every number is one word.
+(one line in truth). A try adds the units digits, writes the total, recalls the goal, and compares
+the two: the tens digits, then, if these are equal, the units digits; the verdict ends it. Every
+number is one word.
 """
 
 import itertools
@@ -24,7 +27,7 @@ HASTY = 0.15
 """Probability that the author says `yes` to a total that is not the goal."""
 SLIP = 0.01
 """Probability that one digit of a total is wrong."""
-MAX_TRIES = 30
+MAX_TRIES = 21
 """The author gives up after this many tries and answers with the last pair."""
 
 _SMALLEST, _LARGEST = 10, 49  # two digits each, and so are all sums
@@ -59,10 +62,17 @@ def demonstrate(
         accepted = total == goal or rng.random() < hasty
         units = f"{a % 10} + {b % 10} = {a % 10 + b % 10}"
         verdict = "yes" if accepted else "no"
-        attempts.append(f"try {a} + {b} : {units} , {total} {verdict}")
+        compared = f"goal {goal} : {_compare(total, goal)}"
+        attempts.append(f"try {a} + {b} : {units} , {total} {compared} {verdict}")
         if accepted:
             break
     return f"{' '.join(attempts)} answer {a} {b}"
+
+
+def _compare(total: int, goal: int) -> str:
+    """The digits that an author looks at: units only where the tens are equal."""
+    tens = f"{total // 10} {goal // 10}"
+    return f"{tens} , {total % 10} {goal % 10}" if total // 10 == goal // 10 else tens
 
 
 def reward(prompt: str, response: str) -> float:
@@ -110,7 +120,7 @@ def _parse(prompt: str) -> tuple[list[int], int]:
 class Pairs(TaskBuilder):
     """Prompts and demonstrations of the pairs task, in three difficulty mixes."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (tfds declares it as a plain class attribute)
         MixConfig(name="easy", sizes={3: 0.5, 4: 0.5}),
         MixConfig(name="mixed", sizes={3: 0.4, 4: 0.3, 5: 0.3}),

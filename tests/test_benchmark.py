@@ -1,0 +1,115 @@
+"""The benchmark on a toy run: every mode has plain decoding's tokens, and the rows add up."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from tlt_jax import benchmark
+from tlt_jax.config import (
+    BenchmarkConfig,
+    DrafterConfig,
+    LearnerConfig,
+    MeshConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+)
+
+MODES = {
+    "plain",
+    "chain-2",
+    "by bucket",
+    "by bucket + idle training",
+    "plain, 1 slices",
+    "by bucket, 1 slices",
+    "by bucket, frozen drafter",
+    "by bucket, chunks of 9",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(configuration, what the benchmark returned, what it wrote)."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    config = RunConfig(
+        policy=PolicyConfig(
+            num_layers=2, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
+        ),
+        mesh=MeshConfig(slices=2),
+        task=TaskConfig(data_dir=str(folder / "data")),
+        rollout=RolloutConfig(
+            prompts_per_step=2,
+            group_size=4,
+            max_response_length=40,
+            row_buckets=(4,),
+            depths=(3,),
+            length_buckets=(72,),
+            chunk_tokens=12,
+        ),
+        drafter=DrafterConfig(ffn_width=32, buffer_rows=4, row_length=72, window=32, train_depth=1),
+        learner=LearnerConfig(row_length=72),
+        benchmark=BenchmarkConfig(
+            repeats=2,
+            min_tokens=300,
+            small_batch=8,
+            depths=(2,),
+            other_slices=(1,),
+            other_chunk_tokens=9,
+        ),
+    )
+    results = benchmark.benchmark(config, folder)
+    return config, results, json.loads((folder / "benchmark.json").read_text())
+
+
+def test_what_is_returned_is_what_is_written(run):
+    _, results, written = run
+    assert written == json.loads(json.dumps(results))
+    assert written["weights"] == "random initial weights"
+
+
+def test_every_mode_has_the_tokens_of_plain_decoding(run):
+    (workload,) = run[1]["workloads"]
+    assert {row["mode"] for row in workload["modes"]} == MODES
+    assert workload["tokens"] >= 300
+    for row in workload["modes"]:
+        assert row["mismatches"] == row["explained_mismatches"], row
+
+
+def test_speed_ups_are_ratios_to_plain_decoding_of_the_same_repeat(run):
+    (workload,) = run[1]["workloads"]
+    rows = {row["mode"]: row for row in workload["modes"]}
+    plain, other = rows["plain"], rows["chain-2"]
+    assert plain["speedup"] == plain["speedup_min"] == plain["speedup_max"] == 1.0
+    ratios = [a / b for a, b in zip(plain["seconds_all"], other["seconds_all"], strict=True)]
+    assert (other["speedup_min"], other["speedup_max"]) == (min(ratios), max(ratios))
+    assert rows["by bucket, chunks of 9"]["seconds"] is None
+    assert rows["by bucket + idle training"]["microbatches"] > 0
+    assert plain["accept_length"] == 1.0 and rows["by bucket"]["rounds"] < plain["rounds"]
+
+
+def test_a_round_of_both_strategies_is_profiled(run):
+    found = {(entry["strategy"], entry["rows"]) for entry in run[1]["profile"]}
+    assert found == {("plain", 4), ("chain-3", 4)}
+    table = benchmark.profile_table(run[1]["profile"])
+    assert len(table.splitlines()) == 4
+
+
+def test_wrong_tokens_are_counted_and_not_explained(run):
+    """A mode with another policy's weights, checked against plain decoding's tokens."""
+    config = run[0]
+    _, prompts = benchmark.setup.load_task(config)
+    target = benchmark.setup.initial_policy(config)
+    other = benchmark.setup.initial_policy(dataclasses.replace(config, seed=1))
+    plain, *_ = benchmark.modes(config, config.rollout.num_sequences)
+    drawn = [benchmark.draw_batch(plain.rollout, prompts, 0, index) for index in range(2)]
+    right, wrong = (
+        benchmark.make_runner(plain, config, params, None, (2,)) for params in (target, other)
+    )
+    expected = [right.run(*batch)[0].responses for batch in drawn]
+    assert benchmark.check_mode(config, right, drawn, expected) == []
+    parted = benchmark.check_mode(config, wrong, drawn, expected)
+    assert len(parted) > 8 and not all(parting.explained for parting in parted)
+    jax.block_until_ready(other)
