@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     """The run's `ConfigDict`; raises ValueError for an unknown variant."""
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
-    config.num_steps = 50
+    config.num_steps = 60
     config.learner.learning_rate = 1.5e-4
     config.learner.decay = "cosine"
     if variant == "tiny":
