@@ -83,6 +83,20 @@ def test_chosen_steps_are_the_ones_drawn(make_workdir, make_metrics):
         plots.slice_timeline(run, steps=[9])
 
 
+def test_the_step_shown_is_the_last_one_with_drafter_training(
+    make_workdir, make_metrics, make_chunk
+):
+    busy = {"rounds_run": [4, 4], "live": [2, 2], "microbatches": [0, 0]}
+    busy |= {"roles": ["ROLLOUT", "ROLLOUT"]}
+    metrics = [make_metrics(step) for step in (0, 1)]
+    metrics.append(make_metrics(2, idle_training_seconds=0.0, idle_seconds=0.0))
+    chunks = [make_chunk(0), make_chunk(1), make_chunk(2, **busy)]
+    run = read_run(make_workdir(metrics, chunks))
+    assert plots.slice_timeline(run).axes[1].get_title(loc="left") == "Step 1, rollout only"
+    run = read_run(make_workdir(metrics[2:], chunks[2:]))
+    assert plots.slice_timeline(run).axes[1].get_title(loc="left") == "Step 2, rollout only"
+
+
 def test_running_mean_is_drawn_in_a_long_run(make_workdir, make_metrics):
     run = read_run(make_workdir([make_metrics(i, accept_length=1.0 + i) for i in range(10)]))
     axes = plots.accept_by_step(run).axes[0]

@@ -86,17 +86,27 @@ def write_all(workdir: str | os.PathLike[str]) -> list[Path]:
 
 @matplotlib.rc_context(_STYLE)
 def overview(run: Run) -> Figure:
-    """One wide picture: reward, accept length and response lengths above the last step's slices."""
+    """One wide picture: reward, accept length and response lengths above one rollout's slices."""
     figure = Figure(figsize=(10.5, 5.8))
     grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
     _draw_reward(figure.add_subplot(grid[0, 0]), run.metrics)
     _draw_accept_length(figure.add_subplot(grid[0, 1]), run.metrics)
     _draw_survival(figure.add_subplot(grid[0, 2]), run.metrics)
     axes = figure.add_subplot(grid[1, :])
-    timeline = _timelines(run)[-1]
-    _draw_timeline(axes, [timeline])
-    _timeline_title(axes, f"What each slice did in step {timeline.step}")
+    timeline = _telling(_timelines(run))[-1]
+    _draw_timeline(axes, [timeline], rollout_only=True)
+    _timeline_title(axes, f"What each slice did in the rollout of step {timeline.step}")
     return figure
+
+
+def _telling(timelines: Sequence[StepTimeline]) -> Sequence[StepTimeline]:
+    """Steps up to the last one in which a slice trained the drafter; all if none ever did."""
+    trained = [
+        index
+        for index, timeline in enumerate(timelines)
+        if any(span.activity is Activity.TRAINING for span in timeline.spans)
+    ]
+    return timelines[: trained[-1] + 1] if trained else timelines
 
 
 @matplotlib.rc_context(_STYLE)
@@ -107,14 +117,15 @@ def slice_timeline(
 
     Args:
       run: the run.
-      steps: steps of the upper part; the last three if not given.
+      steps: steps of the upper part; three up to the last with drafter training if not given.
       zoom: step of the lower part; the last one of `steps` if not given.
 
     Raises:
       UserError: a step is not in both logs.
     """
     timelines = {timeline.step: timeline for timeline in _timelines(run)}
-    chosen = list(timelines)[-3:] if steps is None else list(steps)
+    chosen = [t.step for t in _telling(list(timelines.values()))[-3:]]
+    chosen = chosen if steps is None else list(steps)
     zoom = chosen[-1] if zoom is None else zoom
     unknown = [step for step in (*chosen, zoom) if step not in timelines]
     if unknown:
