@@ -6,10 +6,12 @@ cores. Variants: "" (the run above) and "tiny" (random weights, a few steps, for
 The weights it begins from were made in half an hour on a busy two-core machine by
 
     python -m tlt_jax.warm_start --config=configs/quickstart.py --config.warm_start_dir= \\
-        --config.warm_start.drafter_learning_rate=1e-3 --workdir=configs/warm_start/pairs
+        --config.warm_start.drafter_learning_rate=1e-3 --config.task.mix=mixed \\
+        --workdir=configs/warm_start/pairs
     python -m tlt_jax.warm_start --config=configs/quickstart.py \\
         --config.warm_start.policy_steps=160 --config.warm_start.learning_rate=1e-3 \\
-        --config.warm_start.drafter_steps=250 --workdir=configs/warm_start/pairs
+        --config.warm_start.drafter_steps=250 --config.task.mix=mixed \\
+        --workdir=configs/warm_start/pairs
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     """The run's `ConfigDict`; raises ValueError for an unknown variant."""
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
+    config.task.mix = "easy"
     config.num_steps = 60
     config.learner.learning_rate = 8e-5
     config.learner.decay = "cosine"
