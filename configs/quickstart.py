@@ -28,8 +28,8 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
     config.task.mix = "easy"
-    config.num_steps = 60
-    config.learner.learning_rate = 8e-5
+    config.num_steps = 40
+    config.learner.learning_rate = 1e-4
     config.learner.decay = "cosine"
     if variant == "tiny":
         _shrink(config)
