@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     config = RunConfig(
         policy=PolicyConfig(
-            num_layers=2, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
+            num_layers=1, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
         ),
         mesh=MeshConfig(slices=2),
         task=TaskConfig(data_dir=str(folder / "data")),
@@ -86,8 +86,7 @@ def test_speed_ups_are_ratios_to_plain_decoding_of_the_same_repeat(run):
     ratios = [a / b for a, b in zip(plain["seconds_all"], other["seconds_all"], strict=True)]
     assert (other["speedup_min"], other["speedup_max"]) == (min(ratios), max(ratios))
     assert rows["by bucket, chunks of 9"]["seconds"] is None
-    assert rows["by bucket + idle training"]["microbatches"] > 0
-    assert plain["accept_length"] == 1.0 and rows["by bucket"]["rounds"] < plain["rounds"]
+    assert plain["accept_length"] == 1.0 < rows["by bucket"]["accept_length"]
 
 
 def test_a_round_of_both_strategies_is_profiled(run):

@@ -249,7 +249,7 @@ def test_a_workdir_of_another_run_is_refused(unbroken, config, tmp_path):
     workdir = tmp_path
     shutil.copy(unbroken[0] / "config.json", workdir)
     other = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep=5), num_steps=9)
-    train.keep_config(other, workdir)
+    train.check_config(other, workdir)
     for changes, words in (
         ({"seed": 1}, r"config\.seed \(0, now 1\)"),
         ({"mesh": MeshConfig(slices=1)}, r"config\.mesh\.slices \(2, now 1\)"),
@@ -268,7 +268,7 @@ def test_a_damaged_config_is_told(config, tmp_path):
     ("changes", "words"),
     [
         ({"mesh": MeshConfig(slices=4, tensor=2)}, r"config\.mesh asks for .* = 8 devices"),
-        ({"rollout": {"max_prompt_length": 8}}, r"prompts of task 'pairs' .* max_prompt_length"),
+        ({"rollout": {"max_prompt_length": 8}}, r"prompts of task 'pairs' .*max_prompt_length"),
         ({"policy": {"vocab_size": 32}}, r"vocabulary of 128 .* config\.policy\.vocab_size is 32"),
         ({"task": {"name": "pair"}}, r"no task 'pair'; did you mean 'pairs'"),
         ({"task": {"mix": "mixd"}}, r"mixd.*did you mean 'mixed'"),
@@ -284,4 +284,4 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(config, tmp_path,
     }
     with pytest.raises(UserError, match=words):
         train.train(dataclasses.replace(config, **values), tmp_path)
-    train.keep_config(config, tmp_path)  # what was wrong is put right, in the same workdir
+    train.check_config(config, tmp_path)  # what was wrong is put right, in the same workdir

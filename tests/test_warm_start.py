@@ -16,7 +16,7 @@ CONFIG = RunConfig(
     mesh=MeshConfig(slices=2),
     drafter=DrafterConfig(ffn_width=32, train_depth=1),
     warm_start=WarmStartConfig(
-        policy_steps=12, drafter_steps=12, batch_rows=2, row_length=128, learning_rate=1e-2
+        policy_steps=12, drafter_steps=12, batch_rows=2, row_length=448, learning_rate=1e-2
     ),
 )
 

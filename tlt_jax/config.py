@@ -194,8 +194,8 @@ class BenchmarkConfig:
     """Comparison of rollout modes (`python -m tlt_jax.benchmark`).
 
     Batches are drawn until plain decoding has made `min_tokens` tokens. `small_batch` sequences
-    make the second workload: the tail. `near_tie` is the largest gap between the two best noisy
-    logits that rounding may decide differently in two modes.
+    make the second workload, the tail, of a fourth of the tokens. `near_tie` is the largest gap
+    between the two best noisy logits that rounding may decide differently in two modes.
     """
 
     repeats: int = 5

@@ -58,10 +58,11 @@ class RunLog:
 
 def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
     """Runs or resumes a run to its last step and writes its reports."""
-    keep_config(config, workdir)
+    check_config(config, workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     machinery, state = setup.start(config)
     state = resume(machinery, state, checkpoints)
+    keep_config(config, workdir)  # only now: what did not fit so far can be put right in place
     log = RunLog(workdir, state.steps_done)
     began = time.monotonic()
     while state.steps_done < config.num_steps:
@@ -80,26 +81,37 @@ def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
     return state
 
 
-def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes `config.json`, or checks that it says what this run is asked to do.
+def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Checks that `config.json`, where there is one, says what this run is asked to do.
 
     Raises:
       UserError: the workdir belongs to a run of another configuration.
     """
     path = workdir / "config.json"
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-        try:
-            kept = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
-        different = _first_difference(kept, values, "config")
-        if different is not None:
-            raise UserError(
-                f"{workdir} holds a run with another {different}; give the same value, or another "
-                "--workdir."
-            )
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    if not path.exists():
+        return
+    try:
+        kept = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
+    different = _first_difference(kept, _as_json(config), "config")
+    if different is not None:
+        raise UserError(
+            f"{workdir} holds a run with another {different}; give the same value, or another "
+            "--workdir."
+        )
+
+
+def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Writes `config.json`."""
+    text = json.dumps(_as_json(config), indent=2) + "\n"
+    write_atomically(workdir / "config.json", text.encode())
+
+
+def _as_json(config: RunConfig) -> dict[str, object]:
+    """The config as JSON gives it back: tuples are lists."""
+    values: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def _first_difference(kept: object, asked: object, where: str) -> str | None:
