@@ -1,7 +1,8 @@
 """python -m tlt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-A 3M-parameter policy (16 layers, 128 wide) learns to search for pairs of numbers, on two CPU
-cores. Variants: "" (the run above) and "tiny" (random weights, a few steps, for a first look).
+About seven minutes on two CPU cores, installation included; the mean reward goes from 0.5 to 0.8.
+A 3M-parameter policy (16 layers, 128 wide) learns to search for pairs of numbers. Variants: ""
+(the run above) and "tiny" (random weights, a few steps, for a first look).
 
 The weights it begins from were made in half an hour on a busy two-core machine by
 

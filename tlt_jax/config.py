@@ -134,7 +134,7 @@ class DrafterConfig:
 
     ffn_width: int = 256
     train: bool = True
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     feature_loss_weight: float = 0.5
