@@ -46,6 +46,5 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
     config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
     config.drafter.update(ffn_width=32, row_length=96, window=48, buffer_rows=4)
-    config.drafter.rounds_per_microbatch = 2
     config.learner.row_length = 96
     config.checkpoint.every = 2

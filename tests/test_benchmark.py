@@ -5,18 +5,9 @@ import json
 
 import jax
 import pytest
+import toy_run
 
 from tlt_jax import benchmark
-from tlt_jax.config import (
-    BenchmarkConfig,
-    DrafterConfig,
-    LearnerConfig,
-    MeshConfig,
-    PolicyConfig,
-    RolloutConfig,
-    RunConfig,
-    TaskConfig,
-)
 
 MODES = {
     "plain",
@@ -34,31 +25,19 @@ MODES = {
 def run(tmp_path_factory):
     """(configuration, what the benchmark returned, what it wrote)."""
     folder = tmp_path_factory.mktemp("benchmark")
-    config = RunConfig(
-        policy=PolicyConfig(
-            num_layers=1, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
-        ),
-        mesh=MeshConfig(slices=2),
-        task=TaskConfig(data_dir=str(folder / "data")),
-        rollout=RolloutConfig(
-            prompts_per_step=2,
-            group_size=4,
-            max_response_length=40,
-            row_buckets=(4,),
-            depths=(3,),
-            length_buckets=(72,),
-            chunk_tokens=12,
-        ),
-        drafter=DrafterConfig(ffn_width=32, buffer_rows=4, row_length=72, window=32, train_depth=1),
-        learner=LearnerConfig(row_length=72),
-        benchmark=BenchmarkConfig(
-            repeats=2,
-            min_tokens=300,
-            small_batch=8,
-            depths=(2,),
-            other_slices=(1,),
-            other_chunk_tokens=9,
-        ),
+    config = toy_run.changed(
+        toy_run.CONFIG,
+        policy={"num_layers": 1},
+        task={"data_dir": str(folder / "data")},
+        rollout={"depths": (3,)},
+        benchmark={
+            "repeats": 2,
+            "min_tokens": 300,
+            "small_batch": 8,
+            "depths": (2,),
+            "other_slices": (1,),
+            "other_chunk_tokens": 9,
+        },
     )
     results = benchmark.benchmark(config, folder)
     return config, results, json.loads((folder / "benchmark.json").read_text())

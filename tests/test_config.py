@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import toy_run
 
 from tlt_jax import config as config_lib
+from tlt_jax import validation
 from tlt_jax.config import (
     DrafterConfig,
     LearnerConfig,
@@ -49,14 +51,7 @@ def _built(values):
 
 
 def _changed(**groups):
-    """`BASE` with fields of its groups changed: `rollout={"top_k": 3}`."""
-    changes = {
-        name: dataclasses.replace(getattr(BASE, name), **value)
-        if isinstance(value, dict)
-        else value
-        for name, value in groups.items()
-    }
-    return dataclasses.replace(BASE, **changes)
+    return toy_run.changed(BASE, **groups)
 
 
 def test_a_config_survives_the_round_trip():
@@ -171,7 +166,7 @@ def test_the_default_and_other_sound_configs_are_returned():
         _changed(rollout={"temperature": 0.0}),  # greedy
         _changed(rollout={"row_buckets": (16,), "depths": (0,)}),
     ):
-        assert config_lib.validate(config) is config
+        assert validation.validate(config) is config
 
 
 IMPOSSIBLE = [
@@ -237,22 +232,22 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(("key", "changes"), IMPOSSIBLE, ids=[str(c) for _, c in IMPOSSIBLE])
 def test_an_impossible_combination_names_its_key(key, changes):
     with pytest.raises(UserError) as raised:
-        config_lib.validate(_changed(**changes))
+        validation.validate(_changed(**changes))
     assert key in str(raised.value)
 
 
 def test_what_just_fits_is_not_refused():
-    config_lib.validate(_changed(learner={"row_length": 448}, drafter={"row_length": 448}))
-    config_lib.validate(_changed(rollout={"length_buckets": (34, 453)}))
-    config_lib.validate(_changed(rollout={"chunk_tokens": 5}))
+    validation.validate(_changed(learner={"row_length": 448}, drafter={"row_length": 448}))
+    validation.validate(_changed(rollout={"length_buckets": (34, 453)}))
+    validation.validate(_changed(rollout={"chunk_tokens": 5}))
 
 
 def test_checks_touch_no_device():
     """With a platform that does not exist, whatever needs a device fails."""
     script = (
         "import jax\n"
-        "from tlt_jax import config\n"
-        "config.validate(config.from_mapping(config.RunConfig, {'rollout': {'top_k': 3}}))\n"
+        "from tlt_jax import config, validation\n"
+        "validation.validate(config.from_mapping(config.RunConfig, {'rollout': {'top_k': 3}}))\n"
         "try:\n"
         "    jax.devices()\n"
         "except RuntimeError:\n"

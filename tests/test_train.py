@@ -14,19 +14,11 @@ import time
 import jax
 import numpy as np
 import pytest
+import toy_run
 
 from tlt_jax import train, weights
 from tlt_jax.checkpoint import Checkpoints
-from tlt_jax.config import (
-    CheckpointConfig,
-    DrafterConfig,
-    LearnerConfig,
-    MeshConfig,
-    PolicyConfig,
-    RolloutConfig,
-    RunConfig,
-    TaskConfig,
-)
+from tlt_jax.config import CheckpointConfig, MeshConfig
 from tlt_jax.reporting.writers import read_jsonl
 from tlt_jax.types import UserError
 
@@ -58,32 +50,11 @@ def get_config():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Random weights, four programs, a checkpoint every two steps."""
-    return RunConfig(
+    return toy_run.changed(
+        toy_run.CONFIG,
         num_steps=STEPS,
-        policy=PolicyConfig(
-            num_layers=2, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
-        ),
-        mesh=MeshConfig(slices=2),
-        task=TaskConfig(data_dir=str(tmp_path_factory.mktemp("data"))),
-        rollout=RolloutConfig(
-            prompts_per_step=2,
-            group_size=4,
-            max_response_length=40,
-            row_buckets=(4,),
-            depths=(2,),
-            length_buckets=(72,),
-            chunk_tokens=12,
-        ),
-        drafter=DrafterConfig(
-            ffn_width=32,
-            buffer_rows=4,
-            row_length=72,
-            window=32,
-            train_depth=1,
-            rounds_per_microbatch=2,
-        ),
-        learner=LearnerConfig(row_length=72),
-        checkpoint=CheckpointConfig(every=2, keep=2),
+        task={"data_dir": str(tmp_path_factory.mktemp("data"))},
+        checkpoint={"every": 2, "keep": 2},
     )
 
 
@@ -276,12 +247,6 @@ def test_a_damaged_config_is_told(config, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_compiled(config, tmp_path, changes, words):
-    values = {
-        key: dataclasses.replace(getattr(config, key), **value)
-        if isinstance(value, dict)
-        else value
-        for key, value in changes.items()
-    }
     with pytest.raises(UserError, match=words):
-        train.train(dataclasses.replace(config, **values), tmp_path)
+        train.train(toy_run.changed(config, **changes), tmp_path)
     train.check_config(config, tmp_path)  # what was wrong is put right, in the same workdir

@@ -5,31 +5,24 @@ import json
 import jax
 import numpy as np
 import pytest
+import toy_run
 
 from tlt_jax import drafter, policy, sharding, warm_start, weights
-from tlt_jax.config import DrafterConfig, MeshConfig, PolicyConfig, RunConfig, WarmStartConfig
 
-CONFIG = RunConfig(
-    policy=PolicyConfig(
-        num_layers=2, width=32, num_heads=2, num_kv_heads=2, head_size=16, ffn_width=48
-    ),
-    mesh=MeshConfig(slices=2),
-    drafter=DrafterConfig(ffn_width=32, train_depth=1),
-    warm_start=WarmStartConfig(
-        policy_steps=12, drafter_steps=12, batch_rows=2, row_length=448, learning_rate=1e-2
-    ),
+CONFIG = toy_run.changed(
+    toy_run.CONFIG,
+    warm_start={
+        "policy_steps": 12,
+        "drafter_steps": 12,
+        "batch_rows": 2,
+        "row_length": 448,
+        "learning_rate": 1e-2,
+    },
 )
 
 
-def _changed(data_dir, **changes):
-    values = {
-        key: type(getattr(CONFIG, key))(**(vars(getattr(CONFIG, key)) | value))
-        if isinstance(value, dict)
-        else value
-        for key, value in changes.items()
-    }
-    task = type(CONFIG.task)(data_dir=str(data_dir))
-    return RunConfig(**(vars(CONFIG) | values | {"task": task}))
+def _changed(data_dir, **groups):
+    return toy_run.changed(CONFIG, task={"data_dir": str(data_dir)}, **groups)
 
 
 def _load(folder):

@@ -174,16 +174,17 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     target, draft, origin = load_weights(config, workdir)
     frozen = setup.initial_drafter(config)
     stop = (task.tokenizer.eos_id,)
-    workloads = []
-    for batch in dict.fromkeys((config.rollout.num_sequences, config.benchmark.small_batch)):
+    wanted = {config.rollout.num_sequences: config.benchmark.min_tokens}
+    wanted.setdefault(config.benchmark.small_batch, config.benchmark.min_tokens // TAIL_SHARE)
+    workloads, profile = [], []
+    for batch, min_tokens in wanted.items():
         runners = [
             make_runner(mode, config, target, frozen if mode.frozen else draft, stop)
             for mode in modes(config, batch)
         ]
-        workload = compare(config, runners, prompts, batch)
-        print(table(workload), flush=True)
-        workloads.append(workload)
-        if batch == config.rollout.num_sequences:
+        workloads.append(compare(config, runners, prompts, batch, min_tokens))
+        print(table(workloads[-1]), flush=True)
+        if len(workloads) == 1:
             profile = [entry for runner in runners for entry in round_profile(runner)]
             print(profile_table(profile), flush=True)
     results = {
@@ -196,13 +197,17 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def compare(config: RunConfig, runners: list[Runner], prompts: Any, batch: int) -> dict[str, Any]:
-    """Runs all modes on batches of `batch` sequences and gathers their rows."""
+def compare(
+    config: RunConfig, runners: list[Runner], prompts: Any, batch: int, min_tokens: int
+) -> dict[str, Any]:
+    """Runs all modes on batches of `batch` sequences and gathers their rows.
+
+    Batches are drawn until plain decoding, the first runner, has made `min_tokens` tokens.
+    """
     batches: list[tuple[list[np.ndarray], jax.Array]] = []
     expected: list[list[Response]] = []
     tokens = 0
-    whole = batch == config.rollout.num_sequences
-    while tokens < config.benchmark.min_tokens // (1 if whole else TAIL_SHARE):
+    while tokens < min_tokens:
         index = len(batches)
         batches.append(draw_batch(runners[0].mode.rollout, prompts, config.seed, index))
         result, _ = runners[0].run(*batches[-1])

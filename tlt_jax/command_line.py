@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from tlt_jax import config as config_lib
+from tlt_jax import validation
 from tlt_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -51,7 +52,7 @@ def parse(values: config_dict.ConfigDict) -> config_lib.RunConfig:
         plain = _plain(values, "config")
     except OSError as error:  # a config file that cannot be read shows only when it is used
         raise UserError(f"--config: {_one_line(error)}") from error
-    return config_lib.validate(config_lib.from_mapping(config_lib.RunConfig, plain))
+    return validation.validate(config_lib.from_mapping(config_lib.RunConfig, plain))
 
 
 def _plain(values: config_dict.ConfigDict, where: str) -> dict[str, Any]:

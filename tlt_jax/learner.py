@@ -174,6 +174,59 @@ def microbatch_loss(
     )
 
 
+def _gradient_sums(
+    params: Any,
+    reference: Any,
+    old: jax.Array | None,
+    config: PolicyConfig,
+    learner: LearnerConfig,
+    sampler: SamplingParams,
+    batch: PackedBatch,
+    count: jax.Array,
+    shardings: Any,
+) -> tuple[Any, UpdateMetrics]:
+    """Float32 gradients and metrics summed over the first `count` microbatches.
+
+    `params` lie whole on every slice; the sums lie in `shardings`, those of the training layout.
+    """
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        gradients, sums = carry
+        before = None if old is None else old[index]
+        (_, metrics), new = jax.value_and_grad(microbatch_loss, has_aux=True)(
+            params, reference, before, config, learner, sampler, _microbatch(batch, index)
+        )
+        new = jax.lax.with_sharding_constraint(new, shardings)
+        added = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradients, new)
+        peak = jnp.maximum(sums.logprob_gap_max, metrics.logprob_gap_max)
+        summed = jax.tree.map(jnp.add, sums, metrics)._replace(logprob_gap_max=peak)
+        return added, summed
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    start = (
+        jax.lax.with_sharding_constraint(zeros, shardings),
+        UpdateMetrics(*[jnp.float32(0)] * len(UpdateMetrics._fields)),
+    )
+    gradients, metrics = jax.lax.fori_loop(0, count, body, start)
+    return gradients, metrics._replace(grad_norm=optax.global_norm(gradients))
+
+
+def _microbatch(batch: PackedBatch, index: jax.Array) -> PackedBatch:
+    return jax.tree.map(lambda x: x[index], batch)
+
+
+def _score(
+    params: Any, config: PolicyConfig, sampler: SamplingParams, batch: PackedBatch, count: jax.Array
+) -> jax.Array:
+    """`token_log_probs` of the first `count` microbatches, [M, R, W] float32."""
+
+    def body(index: jax.Array, scores: jax.Array) -> jax.Array:
+        scored = token_log_probs(params, config, sampler, _microbatch(batch, index))
+        return scores.at[index].set(scored)
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros_like(batch.behaviour))
+
+
 def update_program(
     mesh: Mesh, config: PolicyConfig, learner: LearnerConfig, tx: optax.GradientTransformation
 ) -> Any:
@@ -183,55 +236,20 @@ def update_program(
     whole = sharding.tree_shardings(policy.param_specs(config), mesh, sharding.ROLLOUT_RULES)
     held = state_shardings(mesh, config, tx)
 
-    def at(batch: PackedBatch, index: jax.Array) -> PackedBatch:
-        return jax.tree.map(lambda x: x[index], batch)
-
     def gather(state: LearnerState) -> Any:
         return jax.lax.with_sharding_constraint(sharding.cast(state.params, config.dtype), whole)
-
-    def score(params: Any, sampler: SamplingParams, batch: PackedBatch, count: jax.Array) -> Any:
-        def body(index: jax.Array, scores: jax.Array) -> jax.Array:
-            return scores.at[index].set(token_log_probs(params, config, sampler, at(batch, index)))
-
-        return jax.lax.fori_loop(0, count, body, jnp.zeros_like(batch.behaviour))
-
-    def one_update(state, reference, sampler, batch, count, old):
-        gathered = gather(state)
-
-        def body(index: jax.Array, carry: Any) -> Any:
-            gradients, sums = carry
-            (_, metrics), new = jax.value_and_grad(microbatch_loss, has_aux=True)(
-                gathered,
-                reference,
-                None if old is None else old[index],
-                config,
-                learner,
-                sampler,
-                at(batch, index),
-            )
-            new = jax.lax.with_sharding_constraint(new, held.params)
-            added = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradients, new)
-            peak = jnp.maximum(sums.logprob_gap_max, metrics.logprob_gap_max)
-            summed = jax.tree.map(jnp.add, sums, metrics)._replace(logprob_gap_max=peak)
-            return added, summed
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        start = (
-            jax.lax.with_sharding_constraint(zeros, held.params),
-            UpdateMetrics(*[jnp.float32(0)] * len(UpdateMetrics._fields)),
-        )
-        gradients, metrics = jax.lax.fori_loop(0, count, body, start)
-        metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     def update(state, reference, sampler, batch, count):
         old = None
         if learner.updates_per_step > 1:
-            old = score(gather(state), sampler, batch, count)
+            old = _score(gather(state), config, sampler, batch, count)
         for _ in range(learner.updates_per_step):
-            state, metrics = one_update(state, reference, sampler, batch, count, old)
+            gradients, metrics = _gradient_sums(
+                gather(state), reference, old, config, learner, sampler, batch, count, held.params
+            )
+            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            state = dataclasses.replace(state, params=params, opt_state=opt_state)
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(held, sharding.replicated(mesh)))

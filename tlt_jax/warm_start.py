@@ -45,7 +45,7 @@ def policy_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """AdamW, warm-up over a twentieth of the steps, then a cosine to zero."""
     steps = config.warm_start.policy_steps
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.warm_start.learning_rate, max(steps // 20, 1), max(steps, 2)
+        0.0, config.warm_start.learning_rate, steps // 20, steps
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
 
@@ -136,12 +136,14 @@ def train_policy(
 ) -> tuple[Any, float | None]:
     """Policy parameters and the last loss, None without steps."""
     params = jax.device_put(setup.initial_policy(config), sharding.replicated(mesh))
-    steps, loss = config.warm_start.policy_steps, None
+    steps = config.warm_start.policy_steps
+    if steps == 0:
+        return params, None
     opt_state = policy_optimizer(config).init(params)
     for step in range(steps):
         params, opt_state, loss = policy_step(params, opt_state, batches.next(), config)
         _progress("policy", step, steps, loss, began)
-    return params, None if loss is None else float(loss)
+    return params, float(loss)
 
 
 def train_drafter(

@@ -1,0 +1,152 @@
+"""Checks that the parts of a configuration fit together; they need no device."""
+
+from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig
+from tlt_jax.types import UserError
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Returns `config` if its parts fit together; compiles nothing.
+
+    Raises:
+      UserError: the first impossible combination found.
+    """
+    _validate_policy(config.policy, config.mesh)
+    _validate_rollout(config.rollout, config.mesh)
+    _validate_training(config)
+    return config
+
+
+def _validate_policy(policy: PolicyConfig, mesh: MeshConfig) -> None:
+    sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_size")
+    for name in (*sizes, "ffn_width"):
+        value = getattr(policy, name)
+        _require(value > 0, f"config.policy.{name} is {value}; it must be at least 1.")
+    _require(
+        policy.num_heads % policy.num_kv_heads == 0,
+        f"config.policy.num_heads={policy.num_heads} must be a multiple of "
+        f"config.policy.num_kv_heads={policy.num_kv_heads}.",
+    )
+    _require(
+        policy.attention_backend in ("reference", "tpu"),
+        f"config.policy.attention_backend is '{policy.attention_backend}'; it must be 'reference' "
+        "or 'tpu'.",
+    )
+    _require(policy.head_size % 2 == 0, "config.policy.head_size must be even (RoPE pairs).")
+    _require(
+        policy.dtype in ("float32", "bfloat16"),
+        f"config.policy.dtype is '{policy.dtype}'; it must be 'float32' or 'bfloat16'.",
+    )
+    for axis in ("slices", "tensor"):
+        size = getattr(mesh, axis)
+        _require(size >= 1, f"config.mesh.{axis} is {size}; it must be at least 1.")
+    for name in ("num_kv_heads", "ffn_width", "vocab_size"):
+        _require(
+            getattr(policy, name) % mesh.tensor == 0,
+            f"config.policy.{name}={getattr(policy, name)} must be a multiple of "
+            f"config.mesh.tensor={mesh.tensor}, the axis it is sharded over.",
+        )
+    _require(
+        policy.width % mesh.slices == 0,
+        f"config.policy.width={policy.width} must be a multiple of config.mesh.slices="
+        f"{mesh.slices}: training shards parameters over both axes.",
+    )
+
+
+def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
+    for name in ("prompts_per_step", "max_prompt_length", "max_response_length"):
+        value = getattr(rollout, name)
+        _require(value >= 1, f"config.rollout.{name} is {value}; it must be at least 1.")
+    _require(
+        rollout.num_sequences % mesh.slices == 0,
+        f"config.rollout has {rollout.prompts_per_step} x {rollout.group_size} = "
+        f"{rollout.num_sequences} slots; they must be a multiple of config.mesh.slices="
+        f"{mesh.slices}.",
+    )
+    _require(rollout.group_size >= 2, "config.rollout.group_size must be at least 2 (GRPO groups).")
+    rows = rollout.num_sequences // mesh.slices
+    buckets = rollout.row_buckets
+    _require(
+        list(buckets) == sorted(set(buckets), reverse=True) and bool(buckets) and buckets[-1] >= 1,
+        f"config.rollout.row_buckets is {buckets}; it must fall strictly and end at 1 or more.",
+    )
+    _require(
+        buckets[0] >= rows,
+        f"config.rollout.row_buckets starts at {buckets[0]} rows per slice, but "
+        f"{rollout.num_sequences} sequences on {mesh.slices} slices need {rows}.",
+    )
+    _require(
+        len(rollout.depths) == len(buckets) and min(rollout.depths) >= 0,
+        f"config.rollout.depths is {rollout.depths}; it must hold one depth of 0 or more for each "
+        f"of the {len(buckets)} row buckets.",
+    )
+    lengths = rollout.length_buckets
+    slack = rollout.slack
+    _require(
+        bool(lengths) and list(lengths) == sorted(set(lengths)),
+        f"config.rollout.length_buckets is {lengths}; it must rise strictly.",
+    )
+    _require(
+        lengths[-1] >= rollout.max_length + slack,
+        f"config.rollout.length_buckets ends at {lengths[-1]} tokens; prompt and response "
+        f"({rollout.max_length}) and the drafts beyond them need {rollout.max_length + slack}.",
+    )
+    _require(
+        lengths[0] >= rollout.max_prompt_length + 2 * slack,
+        f"config.rollout.length_buckets starts at {lengths[0]} tokens, which leaves a prompt of "
+        f"{rollout.max_prompt_length} no room to grow.",
+    )
+    _require(rollout.temperature >= 0, "config.rollout.temperature must be 0 (greedy) or more.")
+    _require(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}; use (0, 1].")
+    _require(rollout.top_k >= 0, "config.rollout.top_k must be 0 (off) or more.")
+    _require(
+        rollout.chunk_tokens >= slack,
+        f"config.rollout.chunk_tokens is {rollout.chunk_tokens}; one round of the deepest strategy "
+        f"needs {slack}.",
+    )
+
+
+def _validate_training(config: RunConfig) -> None:
+    learner, drafter = config.learner, config.drafter
+    longest = config.rollout.max_length
+    for where, length in (("learner", learner.row_length), ("drafter", drafter.row_length)):
+        _require(
+            length >= longest,
+            f"config.{where}.row_length={length} must hold the longest sequence, {longest} tokens.",
+        )
+    for name in ("microbatch_rows", "updates_per_step"):
+        value = getattr(learner, name)
+        _require(value >= 1, f"config.learner.{name} is {value}; it must be at least 1.")
+    _require(
+        config.warm_start.batch_rows % config.mesh.slices == 0,
+        f"config.warm_start.batch_rows={config.warm_start.batch_rows} must be a multiple of "
+        f"config.mesh.slices={config.mesh.slices}.",
+    )
+    _require(
+        learner.microbatch_rows % config.mesh.slices == 0,
+        f"config.learner.microbatch_rows={learner.microbatch_rows} must be a multiple of "
+        f"config.mesh.slices={config.mesh.slices}.",
+    )
+    _require(
+        learner.aggregation in ("token", "sequence"),
+        f"config.learner.aggregation is '{learner.aggregation}'; use 'token' or 'sequence'.",
+    )
+    _require(
+        learner.decay in ("constant", "cosine", "linear"),
+        f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
+    )
+    _require(
+        1 <= drafter.window <= drafter.row_length,
+        f"config.drafter.window={drafter.window} must lie in 1 .. config.drafter.row_length="
+        f"{drafter.row_length}.",
+    )
+    at_least_one = ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "train_depth")
+    for name in (*at_least_one, "ffn_width"):
+        value = getattr(drafter, name)
+        _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
+    _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")
+    _require(config.checkpoint.keep >= 1, "config.checkpoint.keep must be at least 1.")
