@@ -11,7 +11,7 @@ from tlt_jax.types import INVALID
 ROWS, ROW_LENGTH, WIDTH, LONGEST = 3, 8, 2, 10
 
 _insert_many = jax.jit(buffer_lib.insert_many)
-_sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "window"))
+_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
 
 
 def _empty():
@@ -86,7 +86,7 @@ def test_length_zero_stores_nothing():
 
 def test_only_filled_rows_are_drawn_and_all_of_them():
     buffer, keys = _insert(_empty(), 8, 5), jax.random.split(jax.random.key(0), 20)
-    drawn = jax.vmap(lambda key: _sample(buffer, key, rows=2, window=ROW_LENGTH))(keys)
+    drawn = jax.vmap(lambda key: _sample(buffer, key, rows=2))(keys)
     assert drawn.tokens.shape == (20, 2, ROW_LENGTH)
     assert np.all(np.asarray(drawn.segment_ids)[..., 0] != INVALID)
     assert set(np.asarray(drawn.segment_ids)[..., 0].ravel().tolist()) == {0, 1}
@@ -95,33 +95,19 @@ def test_only_filled_rows_are_drawn_and_all_of_them():
 
 def test_a_microbatch_depends_on_its_key():
     buffer = _insert(_empty(), 8, 8, 8)
-    drawn = [
-        np.asarray(_sample(buffer, jax.random.key(n), rows=6, window=ROW_LENGTH).tokens)
-        for n in (0, 1, 0)
-    ]
+    drawn = [np.asarray(_sample(buffer, jax.random.key(n), rows=6).tokens) for n in (0, 1, 0)]
     assert not np.array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
-def test_windows_lie_anywhere_in_the_used_part_of_a_row():
+def test_sequences_are_drawn_from_their_beginning_to_their_end():
     buffer = _insert(_empty(), 3, 3, 2, 7, 2)  # rows 3 + 3 + 2, 7, and 2
-    drawn = _sample(buffer, jax.random.key(0), rows=200, window=3)
-    assert drawn.tokens.shape == (200, 3) and drawn.features.shape == (200, 3, WIDTH)
-    _check_alignment(drawn)  # a segment that is cut keeps its positions
-    rows = np.asarray(buffer.segment_ids), np.asarray(buffer.positions)
-    possible = {
-        (row, start): tuple(np.concatenate([x[row, start : start + 3] for x in rows]))
-        for row, used in enumerate((8, 7, 2))
-        for start in range(max(used - 3, 0) + 1)
-    }
-    found = np.concatenate([drawn.segment_ids, drawn.positions], axis=1)
-    # Where nothing was ever stored, positions mean nothing: compare segments and stored places.
-    clean = {tuple(np.where(np.tile(x[:3] != INVALID, 2), x, INVALID)) for x in found}
-    wanted = {
-        tuple(np.where(np.tile(np.array(x[:3]) != INVALID, 2), x, INVALID))
-        for x in possible.values()
-    }
-    assert len(wanted) == 12 and clean == wanted
+    drawn = _sample(buffer, jax.random.key(0), rows=50)
+    held = zip(np.asarray(drawn.segment_ids), np.asarray(drawn.positions), strict=True)
+    lengths = (3, 3, 2, 7, 2)
+    for segments, positions in held:
+        for segment in set(segments.tolist()) - {INVALID}:
+            assert positions[segments == segment].tolist() == list(range(lengths[segment]))
 
 
 class _PlainRing:

@@ -1,5 +1,6 @@
 """The programs of a rollout one by one: prefill, shrink, grow, and a chunk's training branch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,11 +42,12 @@ def _prefilled(programs, target, gains, *, ids=range(SLICES * ROWS)):
     return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
-def _run(programs, target, rows, *, rounds, training, state=None, index=0):
+def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, index=0):
     """One chunk from copies: (drafter state, buffer, rows, report)."""
     state = state or toy_engine.drafter_state(programs, toy_engine.random_drafter())
+    buffer = buffer or toy_engine.buffers(programs)
     kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // SLICES), training=training)
-    given = jax.tree.map(lambda x: x.copy(), (state, toy_engine.buffers(programs), rows))
+    given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(rounds=rounds, index=index)
     return programs.chunk(kind, target, given[0], given[1], sampler, orders, given[2])
@@ -53,7 +55,7 @@ def _run(programs, target, rows, *, rounds, training, state=None, index=0):
 
 @jax.jit
 def _sample(buffer, key):
-    return buffer_lib.sample(buffer, key, rows=DRAFTER.microbatch_rows, window=DRAFTER.window)
+    return buffer_lib.sample(buffer, key, rows=DRAFTER.microbatch_rows)
 
 
 @jax.jit
@@ -249,11 +251,30 @@ def test_without_the_training_branch_the_drafter_stays(programs, target):
     jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
-def test_draws_differ_by_chunk(programs, target, unequal):
+def _full_buffers(programs):
+    """Buffers in which every row holds another random sequence."""
+    empty = toy_engine.buffers(programs)
+    rng = np.random.default_rng(0)
+    full = dataclasses.replace(
+        empty,
+        tokens=jnp.asarray(rng.integers(3, SHAPE.vocab_size, empty.tokens.shape), jnp.int32),
+        features=jnp.asarray(rng.normal(size=empty.features.shape), jnp.float32),
+        segment_ids=jnp.zeros_like(empty.segment_ids),
+        positions=jnp.broadcast_to(jnp.arange(DRAFTER.row_length), empty.positions.shape),
+        filled=jnp.full_like(empty.filled, DRAFTER.buffer_rows),
+    )
+    return jax.device_put(full, sharding.per_slice(programs.mesh))
+
+
+def test_draws_differ_by_chunk(programs, target):
     """Else every chunk of a tail would train on the same rows."""
-    state = _prefilled(programs, target, [1, 1, 1, 1, 9, 2, 2, 2])
-    _, _, _, other = _run(programs, target, state, rounds=12, training=True, index=4)
-    assert float(other.draft_loss[0]) != float(unequal[3].draft_loss[0])
+    state = _prefilled(programs, target, [9] * 8, ids=[INVALID] * 8)
+    given = {"rounds": 8, "training": True, "buffer": _full_buffers(programs)}
+    losses = [
+        float(_run(programs, target, state, index=index, **given)[3].draft_loss[0])
+        for index in (3, 4, 3)
+    ]
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_with_a_tensor_axis_all_devices_agree():

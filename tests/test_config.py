@@ -41,7 +41,7 @@ BASE = RunConfig(
         length_buckets=(128, 256, 512),
         chunk_tokens=64,
     ),
-    drafter=DrafterConfig(row_length=512, window=192),
+    drafter=DrafterConfig(row_length=512),
     learner=LearnerConfig(row_length=512, microbatch_rows=2),
 )
 
@@ -214,8 +214,6 @@ IMPOSSIBLE = [
     ("config.drafter.microbatch_rows", {"drafter": {"microbatch_rows": 0}}),
     ("config.drafter.ffn_width", {"drafter": {"ffn_width": 0}}),
     ("config.drafter.train_depth", {"drafter": {"train_depth": 0}}),
-    ("config.drafter.window=0", {"drafter": {"window": 0}}),
-    ("config.drafter.window=513", {"drafter": {"window": 513}}),
     ("config.checkpoint.every", {"checkpoint": {"every": 0}}),
     ("config.checkpoint.keep", {"checkpoint": {"keep": 0}}),
     ("config.policy.vocab_size", {"policy": {"vocab_size": 0}}),

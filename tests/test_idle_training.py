@@ -8,6 +8,8 @@ import pytest
 import toy_engine
 from toy_engine import DRAFTER, NEVER
 
+from tlt_jax import rollout
+
 PRICE = DRAFTER.rounds_per_microbatch
 # Counting at temperature 0 with a drafter that knows nothing: about one token a round.
 MODELS = toy_engine.counting()[0], toy_engine.random_drafter()
@@ -36,7 +38,8 @@ def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
     version, trained = 0, 0
     for record, kind in zip(result.chunks, programs.kinds, strict=True):
         idle = [count == 0 for count in record.live]
-        assert kind.training == any(idle)
+        # With few live rows a slice may fall idle within the chunk.
+        assert kind.training == (min(record.live) <= rollout.NEARLY_IDLE_ROWS)
         assert record.roles == ["TRAIN" if none else "ROLLOUT" for none in idle]
         assert record.drafter_version == version
         for slice_, none in enumerate(idle):
@@ -46,9 +49,9 @@ def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
                 assert record.rounds_run[slice_] == 0 and record.microbatches[slice_] == wanted > 0
             else:  # a slice that has ended nothing yet has nothing to learn from
                 assert record.microbatches[slice_] in (0, wanted)
-        assert (record.draft_loss is not None) == kind.training
-        version += kind.training
-        trained += kind.training
+        assert (record.draft_loss is not None) == any(record.microbatches)
+        version += any(record.microbatches)
+        trained += any(record.microbatches)
     assert trained >= 3, "the tail is too short to say anything"
     assert int(result.drafter_state.version) == version
     toy_engine.assert_same_on_all_devices(result.drafter_state)
@@ -75,6 +78,15 @@ def test_a_slice_that_falls_idle_inside_a_training_chunk_trains_for_the_rest_of_
         if record.roles[slice_] == "ROLLOUT" and "TRAIN" in record.roles
     ]
     assert max(late) > 0
+
+
+def test_a_slice_trains_in_the_chunk_in_which_it_falls_idle_first():
+    """It had one live row when the chunk began, so the program with the training branch ran."""
+    programs = toy_engine.engine("main").having(temperature=0.0, chunk_tokens=24)
+    asked = toy_engine.counting_prompts(*_lengths([[18, 1, 1, 1], [30, 30, 1, 1]]))
+    result = toy_engine.roll(programs, MODELS, asked)
+    first = next(record for record in result.chunks if any(record.microbatches))
+    assert first.roles == ["ROLLOUT", "ROLLOUT"] and first.microbatches[0] > 0
 
 
 def test_nothing_is_trained_while_every_slice_is_busy():

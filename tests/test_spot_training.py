@@ -22,7 +22,6 @@ CONFIG = DrafterConfig(
     buffer_rows=3,
     row_length=8,
     microbatch_rows=2,
-    window=8,
     train_depth=2,
 )
 W, D = CONFIG.row_length, 16
@@ -30,7 +29,7 @@ SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.in
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
 
 _steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
-_sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "window"))
+_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
 _accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
 _apply = jax.jit(spot_training.apply, static_argnames="config")
 
@@ -176,7 +175,7 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
     for index, buffer in enumerate(buffers):
         for number in range(int(counts[index])):
             draw_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows, window=W)
+            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows)
             (loss, pairs), (gradients, _) = _evaluate(params, target, tiny_config, drawn)
             parts.append((loss, pairs, gradients))
     loss, pairs, gradients = jax.tree.map(lambda *x: sum(x), *parts)

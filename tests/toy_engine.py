@@ -46,7 +46,6 @@ DRAFTER = DrafterConfig(
     buffer_rows=4,
     row_length=48,
     microbatch_rows=2,
-    window=12,
     train_depth=1,
     rounds_per_microbatch=2,
 )

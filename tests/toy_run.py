@@ -26,7 +26,7 @@ CONFIG = RunConfig(
         length_buckets=(72,),
         chunk_tokens=12,
     ),
-    drafter=DrafterConfig(ffn_width=32, buffer_rows=4, row_length=72, window=32, train_depth=1),
+    drafter=DrafterConfig(ffn_width=32, buffer_rows=4, row_length=72, train_depth=1),
     learner=LearnerConfig(row_length=72),
 )
 

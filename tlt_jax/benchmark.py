@@ -3,9 +3,9 @@
     python -m tlt_jax.benchmark --config=configs/quickstart.py --workdir=runs/quickstart
 
 Takes the weights of the run in the workdir if it has ended, else those of its warm start. Every
-mode first runs all batches once, untimed: that compiles its programs and gives the tokens to
-compare. Then timed modes take turns. Prints a table, and where a round's time goes in plain
-decoding and in the configured mix; writes `benchmark.json`.
+mode first runs all batches once, untimed, which gives the tokens to compare. Then timed modes take
+turns. Prints a table, where a round's time goes in plain decoding and in the configured mix, and
+what drafter training on idle slices costs an RL step; writes `benchmark.json`.
 """
 
 import dataclasses
@@ -29,12 +29,15 @@ from tlt_jax import (
     rollout,
     setup,
     sharding,
+    step_price,
     weights,
 )
+from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.reporting.writers import write_atomically
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
+from tlt_jax.spot_training import DrafterState
 
 FIRST_BATCH = 1_000_000  # prompts that training does not reach
 TAIL_SHARE = 4  # the workload of few sequences makes a fourth of the tokens
@@ -65,8 +68,8 @@ class Runner:
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
 
-    def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
-        """One rollout and its seconds; copies of drafter and buffer are made outside of them."""
+    def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None]:
+        """Drafter state and buffer that a rollout begins with and may take."""
         state = buffer = None
         if self.draft is not None:
             state = setup.drafter_state(self.config, self.programs.mesh, self.draft)
@@ -74,7 +77,11 @@ class Runner:
             buffer = chunk.empty_buffers(
                 self.programs.mesh, self.config.policy, self.config.drafter
             )
-        jax.block_until_ready((state, buffer))
+        return jax.block_until_ready((state, buffer))
+
+    def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
+        """One rollout and its seconds."""
+        state, buffer = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
             self.programs, self.target, state, buffer, prompts, key, stop_tokens=self.stop_tokens
@@ -187,11 +194,16 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
         if len(workloads) == 1:
             profile = [entry for runner in runners for entry in round_profile(runner)]
             print(profile_table(profile), flush=True)
+    price = None
+    if config.mesh.slices > 1:
+        price = step_price.measure(config, target, draft)
+        print(step_price.sentence(price), flush=True)
     results = {
         "weights": origin,
         "repeats": config.benchmark.repeats,
         "workloads": workloads,
         "profile": profile,
+        "step_price": price,
     }
     write_atomically(workdir / "benchmark.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
@@ -204,6 +216,8 @@ def compare(
 
     Batches are drawn until plain decoding, the first runner, has made `min_tokens` tokens.
     """
+    for runner in runners:
+        runner.programs.warm_up(runner.target, *runner.beginning())
     batches: list[tuple[list[np.ndarray], jax.Array]] = []
     expected: list[list[Response]] = []
     tokens = 0
@@ -268,9 +282,7 @@ def round_profile(runner: Runner) -> list[dict[str, Any]]:
     """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
     if runner.mode.name not in ("plain", "by bucket"):
         return []
-    state = None
-    if runner.draft is not None:
-        state = setup.drafter_state(runner.config, runner.programs.mesh, runner.draft)
+    state, _ = runner.beginning()
     return profiling.round_profile(runner.programs, runner.target, state)
 
 

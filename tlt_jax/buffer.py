@@ -108,27 +108,16 @@ def insert_many(
     return jax.lax.fori_loop(0, lengths.shape[0], body, buffer)
 
 
-def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, window: int) -> Microbatch:
-    """Draws windows of `window` tokens from `rows` filled rows, with replacement.
+def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int) -> Microbatch:
+    """Draws `rows` filled rows with replacement; the buffer must hold something.
 
-    A window begins anywhere in the used part of its row; a segment that it cuts keeps its
-    positions. The buffer must hold something.
+    Rows are taken whole: the drafter has seen a sequence from its beginning whenever it drafts,
+    and trained on pieces without one it learns another task and drafts worse.
     """
-    row_key, start_key = jax.random.split(key)
-    chosen = jax.random.randint(row_key, (rows,), 0, jnp.maximum(buffer.filled, 1))
-    used = jnp.sum(buffer.segment_ids[chosen] != INVALID, axis=1)
-    starts = jax.random.randint(start_key, (rows,), 0, jnp.maximum(used - window, 0) + 1)
-
-    def cut(whole: jax.Array) -> jax.Array:
-        def take(row: jax.Array, start: jax.Array) -> jax.Array:
-            corner = (row, start) + (jnp.int32(0),) * (whole.ndim - 2)
-            return jax.lax.dynamic_slice(whole, corner, (1, window, *whole.shape[2:]))[0]
-
-        return jax.vmap(take)(chosen, starts)
-
+    chosen = jax.random.randint(key, (rows,), 0, jnp.maximum(buffer.filled, 1))
     return Microbatch(
-        tokens=cut(buffer.tokens),
-        features=cut(buffer.features),
-        segment_ids=cut(buffer.segment_ids),
-        positions=cut(buffer.positions),
+        tokens=buffer.tokens[chosen],
+        features=buffer.features[chosen],
+        segment_ids=buffer.segment_ids[chosen],
+        positions=buffer.positions[chosen],
     )

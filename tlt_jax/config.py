@@ -89,8 +89,8 @@ class RolloutConfig:
     speculate: bool = True
     row_buckets: tuple[int, ...] = (16, 8, 4, 2)
     depths: tuple[int, ...] = (2, 4, 8, 8)
-    length_buckets: tuple[int, ...] = (128, 512)
-    chunk_tokens: int = 64
+    length_buckets: tuple[int, ...] = (144, 512)
+    chunk_tokens: int = 72
 
     @property
     def num_sequences(self) -> int:
@@ -130,7 +130,7 @@ class DrafterConfig:
     rounds it does not have to run. It is a constant, not a clock reading, so that a run repeated
     from the same seed gives the same bits. `between_steps_budget` applies with one slice, which
     is never idle: the share of a step's rounds spent on training after the rollout. A microbatch
-    is `microbatch_rows` windows of `window` tokens, trained at draft depths 1 .. `train_depth`.
+    is `microbatch_rows` packed rows, trained at draft depths 1 .. `train_depth`.
     """
 
     ffn_width: int = 256
@@ -142,9 +142,8 @@ class DrafterConfig:
     buffer_rows: int = 16
     row_length: int = 512
     microbatch_rows: int = 1
-    window: int = 192
-    train_depth: int = 3
-    rounds_per_microbatch: int = 2
+    train_depth: int = 1
+    rounds_per_microbatch: int = 4
     between_steps_budget: float = 0.03
 
 

@@ -22,6 +22,10 @@ from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import INVALID, UserError
 
+# With so few live rows a slice may fall idle within a chunk; with more, the program without a
+# training branch runs, and no gradients are reduced for nothing.
+NEARLY_IDLE_ROWS = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:
@@ -172,11 +176,16 @@ def _lay_out(
 
 
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
-    """Decides on and runs one chunk; returns the responses that ended in it."""
+    """Decides on and runs one chunk; returns the responses that ended in it.
+
+    Where a slice is nearly idle, the program with the training branch runs already, so that it
+    trains for the rest of the chunk in which it falls idle.
+    """
     _fit(programs, flight)
-    idle = flight.live_by_slice(programs.slices).min() == 0
+    fewest = flight.live_by_slice(programs.slices).min()
+    nearly_idle = programs.slices > 1 and fewest <= NEARLY_IDLE_ROWS
     strategy = programs.strategy(flight.rows.tokens.shape[0] // programs.slices)
-    kind = ChunkKind(strategy, training=bool(programs.training and idle))
+    kind = ChunkKind(strategy, training=bool(programs.training and nearly_idle))
     was_live = flight.live
     report = _launch(programs, flight, kind, _room(programs, flight))
     flight.chunks.append(report)

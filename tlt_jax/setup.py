@@ -83,19 +83,26 @@ def drafter_state(config: RunConfig, mesh: jax.sharding.Mesh, params: Any) -> Dr
 
 def start(config: RunConfig) -> tuple[Machinery, RunState]:
     """Machinery with every program compiled, and the state before the first step."""
-    mesh = sharding.make_mesh(config.mesh)
+    machinery = make_machinery(config)
+    params = initial_policy(config)
+    draft = initial_drafter(config) if machinery.programs.drafting else None
+    state = first_state(machinery, params, draft)
+    return warm_up(machinery, state), state
+
+
+def make_machinery(config: RunConfig) -> Machinery:
+    """Machinery that has compiled nothing yet."""
     task, prompts = load_task(config)
     drafting = config.rollout.speculate
-    training = drafting and config.drafter.train
     programs = RolloutPrograms(
-        mesh=mesh,
+        mesh=sharding.make_mesh(config.mesh),
         policy=config.policy,
         rollout=config.rollout,
         drafter=config.drafter,
         drafting=drafting,
-        training=training,
+        training=drafting and config.drafter.train,
     )
-    machinery = Machinery(
+    return Machinery(
         config=config,
         task=task,
         prompts=prompts,
@@ -103,16 +110,26 @@ def start(config: RunConfig) -> tuple[Machinery, RunState]:
         microbatch_seconds=0.0,
         reward_threads=concurrent.futures.ThreadPoolExecutor(REWARD_THREADS),
     )
-    params = rl_step.rollout_layout(mesh, config)(initial_policy(config))
-    state = RunState(
+
+
+def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -> RunState:
+    """The state before the first step of a run that begins with these parameters.
+
+    Without drafting, `drafter_params` are not looked at.
+    """
+    config, programs = machinery.config, machinery.programs
+    mesh = programs.mesh
+    params = rl_step.rollout_layout(mesh, config)(policy_params)
+    draft = drafter_state(config, mesh, drafter_params) if programs.drafting else None
+    buffer = chunk.empty_buffers(mesh, config.policy, config.drafter) if programs.training else None
+    return RunState(
         steps_done=0,
         learner=learner.init_state(mesh, config.policy, machinery.tx, params),
         reference=jax.tree.map(lambda x: x.copy(), params),
         rollout_params=params,
-        drafter=drafter_state(config, mesh, initial_drafter(config)) if drafting else None,
-        buffer=chunk.empty_buffers(mesh, config.policy, config.drafter) if training else None,
+        drafter=draft,
+        buffer=buffer,
     )
-    return warm_up(machinery, state), state
 
 
 def warm_up(machinery: Machinery, state: RunState) -> Machinery:

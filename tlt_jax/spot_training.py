@@ -135,12 +135,8 @@ def accumulate(
     count = jnp.where(buffer.filled > 0, microbatches, 0)
 
     def body(index: jax.Array, total: GradientSum) -> GradientSum:
-        microbatch = sample(
-            buffer,
-            jax.random.fold_in(key, index),
-            rows=config.microbatch_rows,
-            window=config.window,
-        )
+        draw_key = jax.random.fold_in(key, index)
+        microbatch = sample(buffer, draw_key, rows=config.microbatch_rows)
         return add_microbatch(total, params, target_params, policy_config, config, microbatch)
 
     return jax.lax.fori_loop(0, count, body, zero_sum(params))

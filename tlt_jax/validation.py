@@ -139,11 +139,6 @@ def _validate_training(config: RunConfig) -> None:
         learner.decay in ("constant", "cosine", "linear"),
         f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
     )
-    _require(
-        1 <= drafter.window <= drafter.row_length,
-        f"config.drafter.window={drafter.window} must lie in 1 .. config.drafter.row_length="
-        f"{drafter.row_length}.",
-    )
     at_least_one = ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "train_depth")
     for name in (*at_least_one, "ffn_width"):
         value = getattr(drafter, name)
