@@ -43,8 +43,8 @@ def test_heads_stay_apart():
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize("rows", [kv_cache.UNROLLED_ROWS, kv_cache.UNROLLED_ROWS + 1])
-def test_few_and_many_rows_are_written_alike(rows, axis):
+def test_rows_are_written_along_either_axis(axis):
+    rows = 5
     shape, new_shape = [rows, 3, 7, 2], [rows, 3, 7, 2]
     new_shape[axis] = 2
     whole, new = -_numbers(*shape), _numbers(*new_shape)

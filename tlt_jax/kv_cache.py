@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-UNROLLED_ROWS = 4
-
 
 @struct.dataclass
 class LayerCache:
@@ -45,19 +43,9 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> L
 
 
 def put_rows(whole: jax.Array, new: jax.Array, starts: jax.Array, *, axis: int) -> jax.Array:
-    """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`.
+    """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`; B rows lead."""
 
-    Both have B rows in front. A handful of rows is written by as many updates: as one batched
-    update they become a scatter, in front of which XLA:CPU copies the whole cache.
-    """
-    if whole.shape[0] > UNROLLED_ROWS:
+    def put(row: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis=axis - 1)
 
-        def put(row: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis=axis - 1)
-
-        return jax.vmap(put)(whole, new, starts)
-    for row in range(whole.shape[0]):
-        corner = [jnp.int32(0)] * whole.ndim
-        corner[0], corner[axis] = jnp.int32(row), starts[row]
-        whole = jax.lax.dynamic_update_slice(whole, new[row : row + 1], corner)
-    return whole
+    return jax.vmap(put)(whole, new, starts)
