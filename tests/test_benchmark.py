@@ -8,6 +8,7 @@ import pytest
 import toy_run
 
 from tlt_jax import benchmark
+from tlt_jax.program_pool import ProgramPool
 
 MODES = {
     "plain",
@@ -84,7 +85,8 @@ def test_wrong_tokens_are_counted_and_not_explained(run):
     plain, *_ = benchmark.modes(config, config.rollout.num_sequences)
     drawn = [benchmark.draw_batch(plain.rollout, prompts, 0, index) for index in range(2)]
     right, wrong = (
-        benchmark.make_runner(plain, config, params, None, (2,)) for params in (target, other)
+        benchmark.make_runner(plain, config, params, None, (2,), ProgramPool())
+        for params in (target, other)
     )
     expected = [right.run(*batch)[0].responses for batch in drawn]
     assert benchmark.check_mode(config, right, drawn, expected) == []

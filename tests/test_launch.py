@@ -288,6 +288,27 @@ def test_failing_training_is_told(sandbox):
     assert "summary.md" not in result.stdout
 
 
+def test_a_gpu_machine_is_checked_from_tests_to_benchmark(sandbox):
+    write_script(sandbox.path_folder / "nvidia-smi", "#!/usr/bin/env bash\necho 'H200, 570'\n")
+    result = sandbox.run("gpu.sh", "--config.num_steps=2", WORKDIR="mine")
+    assert result.returncode == 0, result.stderr
+    assert "requirements-gpu.txt" in sandbox.installed()
+    given = f"--config=configs/quickstart.py:gpu --workdir={sandbox.elsewhere}/mine"
+    assert sandbox.calls("-m (pytest|tlt_jax)") == [
+        "python -m pytest",
+        f"python -m tlt_jax.train {given} --config.num_steps=2",
+        f"python -m tlt_jax.benchmark {given} --config.num_steps=2",
+    ]
+
+
+def test_a_machine_without_a_gpu_is_told_before_anything_is_installed(sandbox):
+    write_script(sandbox.path_folder / "nvidia-smi", SHIM_WITH_NOTHING_BEHIND_IT)
+    result = sandbox.run("gpu.sh")
+    assert result.returncode == 1
+    assert result.stderr.endswith("run launch/quickstart.sh on a machine without one.\n")
+    assert not sandbox.venv.exists()
+
+
 def test_every_check_runs(sandbox):
     result = sandbox.run("test.sh")
     assert result.returncode == 0, result.stderr

@@ -8,6 +8,7 @@ turns. Prints a table, where a round's time goes in plain decoding and in the co
 what drafter training on idle slices costs an RL step; writes `benchmark.json`.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -34,6 +35,7 @@ from tlt_jax import (
 )
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
+from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.reporting.writers import write_atomically
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
@@ -127,9 +129,18 @@ def _fixed_depth(base: RolloutConfig, depth: int) -> RolloutConfig:
 
 
 def make_runner(
-    mode: Mode, config: RunConfig, target: Any, draft: Any, stop: tuple[int, ...]
+    mode: Mode,
+    config: RunConfig,
+    target: Any,
+    draft: Any,
+    stop: tuple[int, ...],
+    pool: ProgramPool,
 ) -> Runner:
-    """Lays out a mode's weights on its mesh; compiles nothing yet."""
+    """Lays out a mode's weights on its mesh; compiles nothing yet.
+
+    Modes with the same slices that all draft, or all do not, may share a pool: what else sets
+    their programs apart is in the programs' keys.
+    """
     rows = -(-mode.rollout.num_sequences // mode.slices)
     widest = mode.rollout
     if rows > widest.row_buckets[0]:
@@ -149,6 +160,7 @@ def make_runner(
         drafter=config.drafter,
         drafting=widest.speculate,
         training=mode.training,
+        pool=pool,
     )
     return Runner(
         mode=mode,
@@ -183,10 +195,18 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     stop = (task.tokenizer.eos_id,)
     wanted = {config.rollout.num_sequences: config.benchmark.min_tokens}
     wanted.setdefault(config.benchmark.small_batch, config.benchmark.min_tokens // TAIL_SHARE)
+    pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
     workloads, profile = [], []
     for batch, min_tokens in wanted.items():
         runners = [
-            make_runner(mode, config, target, frozen if mode.frozen else draft, stop)
+            make_runner(
+                mode,
+                config,
+                target,
+                frozen if mode.frozen else draft,
+                stop,
+                pools[mode.slices, mode.rollout.speculate],
+            )
             for mode in modes(config, batch)
         ]
         workloads.append(compare(config, runners, prompts, batch, min_tokens))

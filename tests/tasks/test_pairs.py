@@ -97,9 +97,14 @@ def test_the_longest_prompt_fills_the_stated_room():
     assert len(pairs.TASK.tokenizer.encode(prompt)) + 1 == pairs.TASK.max_prompt_tokens
 
 
+def demonstrate(seed: int, prompt: str = PROMPT, **habits: float) -> str:
+    """A response of an author who always answers, and has no bad habit but those given."""
+    careful = {"hasty": 0.0, "slip": 0.0, "unanswered": 0.0}
+    return pairs.demonstrate(np.random.default_rng(seed), prompt, **careful | habits)
+
+
 def test_a_patient_author_who_never_slips_is_right_unless_out_of_tries():
-    rng = np.random.default_rng(1)
-    responses = [pairs.demonstrate(rng, PROMPT, hasty=0.0, slip=0.0) for _ in range(50)]
+    responses = [demonstrate(seed) for seed in range(50)]
     solved = [response for response in responses if " yes " in response]
     assert len(solved) > 45
     assert all(pairs.reward(PROMPT, response) == 1.0 for response in solved)
@@ -120,7 +125,7 @@ def _parsed(attempt):
 
 
 def test_each_try_of_a_careful_author_is_worked_out_right():
-    response = pairs.demonstrate(np.random.default_rng(2), PROMPT, hasty=0.0, slip=0.0)
+    response = demonstrate(2)
     tries = response.split(" answer ")[0].split("try ")[1:]
     assert tries
     for attempt in tries:
@@ -135,7 +140,7 @@ def test_each_try_of_a_careful_author_is_worked_out_right():
 
 
 def test_an_author_who_always_slips_never_writes_the_true_total():
-    response = pairs.demonstrate(np.random.default_rng(3), PROMPT, hasty=0.0, slip=1.0)
+    response = demonstrate(3, slip=1.0)
     for attempt in response.split(" answer ")[0].split("try ")[1:]:
         a, b, _, _, _, total, *_ = _parsed(attempt)
         written, true = f"{total:02d}", f"{a + b:02d}"
@@ -143,15 +148,21 @@ def test_an_author_who_always_slips_never_writes_the_true_total():
 
 
 def test_a_hasty_author_answers_with_the_first_try():
-    response = pairs.demonstrate(np.random.default_rng(4), PROMPT, hasty=1.0, slip=0.0)
+    response = demonstrate(4, hasty=1.0)
     words = response.split(" ")
     assert words.count("try") == 1
     assert words[-3:] == ["answer", words[1], words[3]]
 
 
+def test_an_author_who_forgets_the_answer_ends_with_the_verdict():
+    whole, unfinished = demonstrate(4), demonstrate(4, unanswered=1.0)
+    assert unfinished.endswith(" yes") and whole.startswith(f"{unfinished} answer ")
+    assert pairs.reward(PROMPT, unfinished) == 0.0
+
+
 def test_the_author_gives_up_and_answers_with_the_last_pair():
     impossible = "nums 14 25 37 goal 99 :"
-    response = pairs.demonstrate(np.random.default_rng(5), impossible, hasty=0.0, slip=0.0)
+    response = demonstrate(5, impossible)
     words = response.split(" ")
     assert words.count("try") == words.count("no") == pairs.MAX_TRIES
     last = len(words) - 1 - words[::-1].index("try")
@@ -161,7 +172,7 @@ def test_the_author_gives_up_and_answers_with_the_last_pair():
 def test_a_batch_of_mixed_demonstrations_has_a_long_tail_and_room_to_improve(draw_batch):
     lengths, rewards = draw_batch(pairs.TASK, "mixed", 512)
     assert np.percentile(lengths, 99) >= 4 * np.percentile(lengths, 50)
-    assert 0.5 < rewards.mean() < 0.7
+    assert 0.3 < rewards.mean() < 0.5
 
 
 @pytest.mark.parametrize(("prompt", "ratio"), [(PROMPT, 3), ("nums 21 46 40 17 32 goal 38 :", 4)])

@@ -2,7 +2,8 @@
 
 Prompt `nums 14 25 37 goal 51 :` asks which two of 14, 25 and 37 sum to 51. The demonstrated
 author is forgetful (tries random pairs again and again, so lengths for one prompt are geometric:
-a long tail), hasty (may accept a wrong pair) and slips now and then in arithmetic:
+a long tail), hasty (may accept a wrong pair), slips now and then in arithmetic, and may forget to
+write down the answer:
 
     try 14 + 25 : 4 + 5 = 9 , 39 goal 51 : 3 5 no
     try 37 + 14 : 7 + 4 = 11 , 51 goal 51 : 5 5 , 1 1 yes answer 37 14
@@ -27,6 +28,8 @@ HASTY = 0.15
 """Probability that the author says `yes` to a total that is not the goal."""
 SLIP = 0.01
 """Probability that one digit of a total is wrong."""
+UNANSWERED = 0.35
+"""Probability that the author stops before the answer."""
 MAX_TRIES = 21
 """The author gives up after this many tries and answers with the last pair."""
 
@@ -47,9 +50,14 @@ def draw_prompt(rng: np.random.Generator, size: int) -> str:
 
 
 def demonstrate(
-    rng: np.random.Generator, prompt: str, *, hasty: float = HASTY, slip: float = SLIP
+    rng: np.random.Generator,
+    prompt: str,
+    *,
+    hasty: float = HASTY,
+    slip: float = SLIP,
+    unanswered: float = UNANSWERED,
 ) -> str:
-    """Writes the author's response to `prompt`: tries up to `MAX_TRIES`, then an answer."""
+    """Writes the author's response to `prompt`: tries up to `MAX_TRIES`, then perhaps an answer."""
     numbers, goal = _parse(prompt)
     attempts = []
     for _ in range(MAX_TRIES):
@@ -66,7 +74,8 @@ def demonstrate(
         attempts.append(f"try {a} + {b} : {units} , {total} {compared} {verdict}")
         if accepted:
             break
-    return f"{' '.join(attempts)} answer {a} {b}"
+    response = " ".join(attempts)
+    return response if rng.random() < unanswered else f"{response} answer {a} {b}"
 
 
 def _compare(total: int, goal: int) -> str:
@@ -120,7 +129,7 @@ def _parse(prompt: str) -> tuple[list[int], int]:
 class Pairs(TaskBuilder):
     """Prompts and demonstrations of the pairs task, in three difficulty mixes."""
 
-    VERSION = tfds.core.Version("3.0.0")
+    VERSION = tfds.core.Version("4.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (tfds declares it as a plain class attribute)
         MixConfig(name="easy", sizes={3: 0.5, 4: 0.5}),
         MixConfig(name="mixed", sizes={3: 0.4, 4: 0.3, 5: 0.3}),

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The whole check of a machine with an NVIDIA GPU: environment, tests, a training run, the benchmark.
+#
+#   bash launch/gpu.sh [--config.a.b=value ...]
+#
+# The arguments go to the training run and to the benchmark. Resumes like quickstart.sh. WORKDIR says
+# where the run is written (default: runs/gpu in the repository); launch/environment.sh explains
+# TLT_JAX_VENV and PYTHON. Where no package index is reached and Python has JAX for CUDA already:
+#
+#   python3 -m venv --system-site-packages .venv
+#   PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER_OF_WHEELS bash launch/gpu.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+config=configs/quickstart.py:gpu
+workdir=${WORKDIR:-$root/runs/gpu}
+[[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+
+# run_on PLATFORM WHAT COMMAND...: one command of the check, on JAX's platform cpu or cuda.
+run_on() {
+  local platform=$1
+  step=$2
+  shift 2
+  echo "$step: $*"
+  JAX_PLATFORMS=$platform "$venv_python" "$@"
+}
+
+step="Looking for a GPU"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader ||
+  fail "nvidia-smi finds no NVIDIA GPU; run launch/quickstart.sh on a machine without one."
+TLT_JAX_ACCELERATOR=gpu prepare_environment dev
+cd "$root"
+run_on cuda "JAX's devices" -c 'import jax; print(jax.__version__, jax.devices())' ||
+  fail "JAX finds no CUDA device; does the driver fit the CUDA of requirements-gpu.txt?"
+
+run_on cpu "Tests" -m pytest
+run_on cuda "Training" -m tlt_jax.train --config=$config --workdir="$workdir" "$@"
+run_on cuda "Benchmark" -m tlt_jax.benchmark --config=$config --workdir="$workdir" "$@"
+echo "Done. Read $workdir/summary.md and $workdir/benchmark.json"
