@@ -17,7 +17,7 @@ MODES = {
     "by bucket + idle training",
     "plain, 1 slices",
     "by bucket, 1 slices",
-    "by bucket, frozen drafter",
+    "chain-2, frozen drafter",
     "by bucket, chunks of 9",
 }
 

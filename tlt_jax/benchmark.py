@@ -111,11 +111,12 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     ]
     others = [count for count in config.benchmark.other_slices if batch % count == 0]
     chunked = dataclasses.replace(base, chunk_tokens=config.benchmark.other_chunk_tokens)
+    deepest = max(config.benchmark.depths)  # one depth throughout, so that accept lengths compare
     return [
         *compared,
         *[Mode(f"plain, {count} slices", plain, count) for count in others],
         *[Mode(f"by bucket, {count} slices", base, count) for count in others],
-        Mode("by bucket, frozen drafter", base, slices, frozen=True),
+        Mode(f"chain-{deepest}, frozen drafter", _fixed_depth(base, deepest), slices, frozen=True),
         Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
     ]
 
@@ -172,6 +173,24 @@ def make_runner(
     )
 
 
+def make_runners(
+    config: RunConfig, batch: int, target: Any, draft: Any, frozen: Any, stop: tuple[int, ...]
+) -> list[Runner]:
+    """Runners of all modes for batches of `batch` sequences; like modes share their programs."""
+    pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
+    return [
+        make_runner(
+            mode,
+            config,
+            target,
+            frozen if mode.frozen else draft,
+            stop,
+            pools[mode.slices, mode.rollout.speculate],
+        )
+        for mode in modes(config, batch)
+    ]
+
+
 def load_weights(config: RunConfig, workdir: pathlib.Path) -> tuple[Any, Any, str]:
     """Policy and drafter parameters of the workdir's run or of the warm start, and which."""
     path = workdir / "policy.safetensors"
@@ -195,25 +214,16 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     stop = (task.tokenizer.eos_id,)
     wanted = {config.rollout.num_sequences: config.benchmark.min_tokens}
     wanted.setdefault(config.benchmark.small_batch, config.benchmark.min_tokens // TAIL_SHARE)
-    pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
-    workloads, profile = [], []
+    workloads: list[dict[str, Any]] = []
+    profile: list[dict[str, Any]] = []
     for batch, min_tokens in wanted.items():
-        runners = [
-            make_runner(
-                mode,
-                config,
-                target,
-                frozen if mode.frozen else draft,
-                stop,
-                pools[mode.slices, mode.rollout.speculate],
-            )
-            for mode in modes(config, batch)
-        ]
+        runners = make_runners(config, batch, target, draft, frozen, stop)
         workloads.append(compare(config, runners, prompts, batch, min_tokens))
         print(table(workloads[-1]), flush=True)
         if len(workloads) == 1:
             profile = [entry for runner in runners for entry in round_profile(runner)]
             print(profile_table(profile), flush=True)
+        del runners  # and their programs: a process may hold only so many compiled for CPU
     price = None
     if config.mesh.slices > 1:
         price = step_price.measure(config, target, draft)
