@@ -1,6 +1,7 @@
 # Makes the Python environment that quickstart.sh and test.sh work in; sourced, never run.
 #
 #   prepare_environment [dev]      afterwards "$venv_python" is the environment's interpreter
+#   choose_workdir FOLDER          sets workdir to WORKDIR, or to FOLDER of the repository
 #
 # TLT_JAX_VENV         where the environment lives (default: .venv in the repository root)
 # PYTHON               the interpreter that makes it (default: the first of python3.12, python3.11
@@ -36,6 +37,12 @@ tell_unexpected_end() {
 trap tell_unexpected_end EXIT
 # Without this, a command that handles Ctrl-C itself (pip, pytest) would be followed by the next.
 trap 'exit 130' INT
+
+# A relative WORKDIR is meant from the folder of the caller.
+choose_workdir() {
+  workdir=${WORKDIR:-$root/$1}
+  [[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+}
 
 # Prints "3.11" for an interpreter that really runs; fails for a shim that has nothing behind it.
 python_version() {

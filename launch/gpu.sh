@@ -13,8 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 config=configs/quickstart.py:gpu
-workdir=${WORKDIR:-$root/runs/gpu}
-[[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+choose_workdir runs/gpu # before the folder changes
 
 # run_on PLATFORM WHAT COMMAND...: one command of the check, on JAX's platform cpu or cuda.
 run_on() {

@@ -9,9 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-workdir=${WORKDIR:-$root/runs/quickstart}
-# The training starts in the repository root; a relative WORKDIR is meant from here.
-[[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+choose_workdir runs/quickstart # before the folder changes
 
 prepare_environment
 cd "$root"
