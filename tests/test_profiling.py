@@ -21,6 +21,18 @@ def test_the_outermost_phase_or_else_the_narrowest_scope_counts(path, scope):
     assert profiling.scope_of_path(path) == scope
 
 
+def test_an_unnamed_instruction_belongs_where_its_operands_do():
+    text = """
+  %query = f32[2]{0} multiply(%a, %b), metadata={op_name="jit(f)/verify/attention_scores/mul"}
+  %cast = f32[2]{0} convert(%c), metadata={op_name="jit(f)/while/convert"}
+  ROOT %scores = f32[2]{0} fusion(%cast, %query), kind=kCustom, calls=%fused
+  %lost = f32[2]{0} add(%cast, %cast)
+"""
+    scopes = profiling.scopes_of(text)
+    assert scopes["scores"] == "attention_scores"
+    assert scopes["lost"] == scopes["cast"] == "other"
+
+
 def test_time_goes_to_the_scope_that_spends_it():
     def work(x):
         def body(_, x):
@@ -33,7 +45,7 @@ def test_time_goes_to_the_scope_that_spends_it():
 
     x = jnp.eye(384)
     program = jax.jit(work).lower(x).compile()
-    seconds = profiling.seconds_by_scope(program, lambda: program(x))
+    seconds = profiling.seconds_by_scope(program, lambda: (x,))
     assert seconds["ffn"] > sum(seconds.values()) / 2 > 0
 
 

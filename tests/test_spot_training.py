@@ -24,6 +24,7 @@ CONFIG = DrafterConfig(
     microbatch_rows=2,
     train_depth=2,
 )
+TX = spot_training.optimizer(CONFIG)
 W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
@@ -31,7 +32,7 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.in
 _steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
 _sample = jax.jit(buffer_lib.sample, static_argnames="rows")
 _accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
-_apply = jax.jit(spot_training.apply, static_argnames="config")
+_apply = jax.jit(spot_training.apply, static_argnames="tx")
 
 
 @functools.partial(jax.jit, static_argnames="policy_config")
@@ -197,11 +198,11 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
 def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
     params, target, tiny_config, sequences
 ):
-    state, key = spot_training.init_state(CONFIG, params), jax.random.key(0)
+    state, key = spot_training.init_state(TX, params), jax.random.key(0)
     for buffer, count in ((_filled(sequences, 0, 0), 3), (_filled(sequences, 8), 0)):
         total = _accumulate(params, target, tiny_config, CONFIG, buffer, key, jnp.int32(count))
         jax.tree.map(np.testing.assert_array_equal, total, spot_training.zero_sum(params))
-        jax.tree.map(np.testing.assert_array_equal, _apply(CONFIG, state, total), state)
+        jax.tree.map(np.testing.assert_array_equal, _apply(TX, state, total), state)
 
 
 def test_segments_without_a_pair_leave_the_drafter_alone(params, target, tiny_config, sequences):
@@ -210,8 +211,8 @@ def test_segments_without_a_pair_leave_the_drafter_alone(params, target, tiny_co
         params, target, tiny_config, CONFIG, buffer, jax.random.key(0), jnp.int32(3)
     )
     assert float(total.weight) == 0
-    state = spot_training.init_state(CONFIG, params)
-    jax.tree.map(np.testing.assert_array_equal, _apply(CONFIG, state, total), state)
+    state = spot_training.init_state(TX, params)
+    jax.tree.map(np.testing.assert_array_equal, _apply(TX, state, total), state)
 
 
 def test_microbatches_vary_with_the_key_and_their_number(params, target, tiny_config, sequences):
@@ -233,28 +234,29 @@ def test_the_update_by_hand():
     coordinate against the gradient's sign, with the decay 0.5 * lr * parameter on top.
     """
     config = DrafterConfig(learning_rate=0.01, weight_decay=0.5, max_grad_norm=1.0)
-    state = spot_training.init_state(config, {"w": jnp.array([2.0, -4.0])})
+    tx = spot_training.optimizer(config)
+    state = spot_training.init_state(tx, {"w": jnp.array([2.0, -4.0])})
     assert int(state.version) == 0
     total = GradientSum(
         gradients={"w": jnp.array([6.0, 8.0])}, loss=jnp.float32(1), weight=jnp.float32(2)
     )
-    after = spot_training.apply(config, state, total)
+    after = spot_training.apply(tx, state, total)
     moments = optax.tree_utils.tree_get(after.opt_state, "mu")
     np.testing.assert_allclose(moments["w"], [0.06, 0.08], rtol=1e-5)
     np.testing.assert_allclose(after.params["w"], [2 - 0.01 - 0.01, -4 - 0.01 + 0.02], rtol=1e-5)
     assert int(after.version) == 1
-    assert int(spot_training.apply(config, after, total).version) == 2
+    assert int(spot_training.apply(tx, after, total).version) == 2
 
 
 def test_small_updates_add_up_in_bfloat16():
     """Twenty steps of 0.001 move a gain of 1.0 by 0.02; 1.0 - 0.001 rounds back to 1.0."""
-    config = DrafterConfig(learning_rate=1e-3, max_grad_norm=10.0)
-    state = spot_training.init_state(config, {"norm": jnp.ones((2,), jnp.bfloat16)})
+    tx = spot_training.optimizer(DrafterConfig(learning_rate=1e-3, max_grad_norm=10.0))
+    state = spot_training.init_state(tx, {"norm": jnp.ones((2,), jnp.bfloat16)})
     total = GradientSum(
         gradients={"norm": jnp.ones((2,))}, loss=jnp.float32(1), weight=jnp.float32(1)
     )
     for _ in range(20):
-        state = _apply(config, state, total)
+        state = _apply(tx, state, total)
     np.testing.assert_allclose(np.asarray(state.params["norm"], np.float32), 0.98, atol=0.006)
 
 
@@ -269,11 +271,11 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_drafter(
     buffer = _filled(sequences, 8, 8, 8)
     before = _digest(target)
 
-    state, losses = spot_training.init_state(CONFIG, params), []
+    state, losses = spot_training.init_state(TX, params), []
     for step in range(150):
         key = jax.random.fold_in(jax.random.key(0), step)
         total = _accumulate(state.params, target, tiny_config, CONFIG, buffer, key, jnp.int32(1))
-        state = _apply(CONFIG, state, total)
+        state = _apply(TX, state, total)
         losses.append(float(total.loss / total.weight))
     assert int(state.version) == 150
     # The cross-entropy cannot fall below the target's own entropy; measure what lies above it.

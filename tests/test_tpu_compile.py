@@ -153,7 +153,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
 
     def drafter_state():
         params = drafter.init(config, drafter_config, jax.random.key(0))
-        return spot_training.init_state(drafter_config, params)
+        return spot_training.init_state(spot_training.optimizer(drafter_config), params)
 
     def buffers():
         size = drafter_config.buffer_rows, drafter_config.row_length

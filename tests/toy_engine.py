@@ -233,7 +233,8 @@ def drafter_state(programs, draft):
     """Version 0 of a drafter on every device, None without drafting."""
     if not programs.drafting:
         return None
-    state = spot_training.init_state(programs.drafter, jax.tree.map(jnp.copy, draft))
+    tx = spot_training.optimizer(programs.drafter)
+    state = spot_training.init_state(tx, jax.tree.map(jnp.copy, draft))
     return jax.device_put(state, sharding.replicated(programs.mesh))
 
 

@@ -197,7 +197,8 @@ def train_in_spare_time(
     )
     taken = jnp.where(buffer.filled > 0, microbatches, 0)
     total = jax.lax.psum(own, SLICE)
-    return spot_training.apply(drafter_config, state, total), taken, total.loss / total.weight
+    state = spot_training.apply(spot_training.optimizer(drafter_config), state, total)
+    return state, taken, total.loss / total.weight
 
 
 def store_finished(buffer: DrafterBuffer, rows: RolloutState) -> tuple[DrafterBuffer, RolloutState]:

@@ -77,7 +77,8 @@ def drafter_state(config: RunConfig, mesh: jax.sharding.Mesh, params: Any) -> Dr
 
     The parameters are copied: the state will be donated, and `params` stays the caller's.
     """
-    state = spot_training.init_state(config.drafter, jax.tree.map(jnp.copy, params))
+    tx = spot_training.optimizer(config.drafter)
+    state = spot_training.init_state(tx, jax.tree.map(jnp.copy, params))
     return jax.device_put(state, sharding.replicated(mesh))
 
 

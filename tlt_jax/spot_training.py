@@ -38,20 +38,20 @@ class GradientSum:
     weight: jax.Array  # [] float32, pairs
 
 
-def optimizer(config: DrafterConfig) -> optax.GradientTransformation:
-    """AdamW with gradient clipping."""
+def optimizer(
+    config: DrafterConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """AdamW with gradient clipping, at `config.learning_rate` unless a schedule is given."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
+        optax.adamw(schedule or config.learning_rate, weight_decay=config.weight_decay),
     )
 
 
-def init_state(config: DrafterConfig, params: Any) -> DrafterState:
-    """Version 0 of a drafter."""
+def init_state(tx: optax.GradientTransformation, params: Any) -> DrafterState:
+    """Version 0 of a drafter that the optimizer `tx` will train."""
     master = sharding.cast(params, jnp.float32)
-    return DrafterState(
-        params=master, opt_state=optimizer(config).init(master), version=jnp.int32(0)
-    )
+    return DrafterState(params=master, opt_state=tx.init(master), version=jnp.int32(0))
 
 
 def loss_sum(
@@ -142,14 +142,16 @@ def accumulate(
     return jax.lax.fori_loop(0, count, body, zero_sum(params))
 
 
-def apply(config: DrafterConfig, state: DrafterState, total: GradientSum) -> DrafterState:
-    """One AdamW update with the mean gradient; nothing happens where the sum has no weight."""
+def apply(
+    tx: optax.GradientTransformation, state: DrafterState, total: GradientSum
+) -> DrafterState:
+    """One update by `tx` with the mean gradient; nothing happens where the sum has no weight."""
 
     def update(state: DrafterState) -> DrafterState:
         mean = jax.tree.map(
             lambda g, p: (g / total.weight).astype(p.dtype), total.gradients, state.params
         )
-        updates, opt_state = optimizer(config).update(mean, state.opt_state, state.params)
+        updates, opt_state = tx.update(mean, state.opt_state, state.params)
         return DrafterState(
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,

@@ -8,7 +8,6 @@ learns the policy's features on the same rows. Both go on from `config.warm_star
 `drafter.safetensors` and `warm_start.json` into the workdir.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -41,13 +40,21 @@ def supervised_loss(params: Any, config: RunConfig, batch: dict[str, jax.Array])
     return jnp.sum(per_token * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
+def schedule(rate: float, steps: int) -> optax.Schedule:
+    """Warm-up over a twentieth of the steps, then a cosine to zero."""
+    return optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+
+
 def policy_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """AdamW, warm-up over a twentieth of the steps, then a cosine to zero."""
-    steps = config.warm_start.policy_steps
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.warm_start.learning_rate, steps // 20, steps
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+    """AdamW with gradient clipping."""
+    rate = schedule(config.warm_start.learning_rate, config.warm_start.policy_steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95))
+
+
+def drafter_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """That of spot training, but for its schedule."""
+    rate = schedule(config.warm_start.drafter_learning_rate, config.warm_start.drafter_steps)
+    return spot_training.optimizer(config.drafter, rate)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
@@ -85,7 +92,8 @@ def drafter_step(
         config.drafter,
         microbatch,
     )
-    return spot_training.apply(config.drafter, state, total), total.loss / total.weight
+    state = spot_training.apply(drafter_optimizer(config), state, total)
+    return state, total.loss / total.weight
 
 
 class Batches:
@@ -150,10 +158,8 @@ def train_drafter(
     config: RunConfig, mesh: jax.sharding.Mesh, batches: Batches, target: Any, began: float
 ) -> tuple[Any, float | None]:
     """Drafter parameters and the last loss, None without steps."""
-    rate = config.warm_start.drafter_learning_rate
-    held = dataclasses.replace(config.drafter, learning_rate=rate)
-    config = dataclasses.replace(config, drafter=held)
-    state = setup.drafter_state(config, mesh, setup.initial_drafter(config))
+    params = jax.device_put(setup.initial_drafter(config), sharding.replicated(mesh))
+    state = spot_training.init_state(drafter_optimizer(config), params)
     steps, loss = config.warm_start.drafter_steps, None
     for step in range(steps):
         state, loss = drafter_step(state, target, batches.next(), config)
