@@ -3,7 +3,8 @@
 A second task of another kind: reach a goal from a few numbers with + - *, by search. It begins
 from a warm start that the next command makes (about 20 minutes on two cores):
 
-    python -m tlt_jax.warm_start --config=configs/countdown.py --workdir=runs/countdown_warm_start
+    python -m tlt_jax.warm_start --config=configs/countdown.py --config.warm_start_dir= \\
+        --workdir=runs/countdown_warm_start
 """
 
 from ml_collections import config_dict

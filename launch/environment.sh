@@ -1,4 +1,4 @@
-# Makes the Python environment that quickstart.sh and test.sh work in; sourced, never run.
+# Makes the Python environment that the scripts of this folder work in; sourced, never run.
 #
 #   prepare_environment [dev]      afterwards "$venv_python" is the environment's interpreter
 #   choose_workdir FOLDER          sets workdir to WORKDIR, or to FOLDER of the repository
@@ -12,7 +12,7 @@
 # depends on: a second call costs about a second, an interrupted one resumes where it stopped.
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
-  echo "launch/environment.sh is sourced by launch/quickstart.sh and launch/test.sh; run one of these." >&2
+  echo "launch/environment.sh is sourced; run launch/quickstart.sh, launch/test.sh or launch/gpu.sh." >&2
   exit 2
 fi
 
@@ -41,7 +41,8 @@ trap 'exit 130' INT
 # A relative WORKDIR is meant from the folder of the caller.
 choose_workdir() {
   workdir=${WORKDIR:-$root/$1}
-  [[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+  [[ $workdir != *://* ]] || fail "WORKDIR is '$workdir'; it must be a folder, mount the bucket first."
+  [[ $workdir == /* ]] || workdir=$PWD/$workdir
 }
 
 # Prints "3.11" for an interpreter that really runs; fails for a shim that has nothing behind it.

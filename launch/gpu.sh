@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole check of a machine with an NVIDIA GPU: environment, tests, a training run, the benchmark.
+# The whole check of a machine with an NVIDIA GPU: environment, the tests on its CPU, then a training
+# run and the benchmark on one GPU (one slice: drafter training between the steps, not beside them).
 #
 #   bash launch/gpu.sh [--config.a.b=value ...]
 #

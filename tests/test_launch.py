@@ -263,7 +263,7 @@ def test_unknown_accelerator(sandbox):
     [
         (None, "{root}/runs/quickstart"),
         ("mine", "{elsewhere}/mine"),
-        ("gs://b/mine", "gs://b/mine"),
+        ("/abs/mine", "/abs/mine"),
     ],
 )
 def test_quickstart_trains_from_any_folder(sandbox, workdir, wanted):
@@ -278,6 +278,12 @@ def test_quickstart_trains_from_any_folder(sandbox, workdir, wanted):
     assert f"trained in {sandbox.root}\n" in result.stdout
     assert f"{workdir}/summary.md" in result.stdout
     assert f"{workdir}/plots/" in result.stdout
+
+
+def test_workdir_that_is_no_folder(sandbox):
+    result = sandbox.run("quickstart.sh", WORKDIR="gs://b/mine")
+    assert_one_sentence(result, "WORKDIR is 'gs://b/mine'", "must be a folder")
+    assert not sandbox.calls("tlt_jax.train")
 
 
 def test_failing_training_is_told(sandbox):

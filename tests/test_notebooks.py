@@ -22,4 +22,4 @@ def test_runs_from_top_to_bottom(path):
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "responses equal: True" in printed
+    assert "lengths and rewards equal: True | policy equal bit for bit: True" in printed

@@ -210,6 +210,7 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     """Both workloads; returns what is written to `benchmark.json`."""
     task, prompts = setup.load_task(config)
     target, draft, origin = load_weights(config, workdir)
+    print(f"weights: {origin}", flush=True)
     frozen = setup.initial_drafter(config)
     stop = (task.tokenizer.eos_id,)
     wanted = {config.rollout.num_sequences: config.benchmark.min_tokens}
