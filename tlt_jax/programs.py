@@ -78,7 +78,7 @@ class RolloutPrograms:
 
     def orders(self, *, rounds: int, index: int) -> ChunkOrders:
         """One chunk's orders as device data."""
-        made = ChunkOrders(rounds=jnp.int32(rounds), index=jnp.int32(index))
+        made = ChunkOrders(rounds=np.int32(rounds), index=np.int32(index))
         return jax.device_put(made, sharding.replicated(self.mesh))
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:

@@ -194,9 +194,10 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
 
 def _fit(programs: RolloutPrograms, flight: _Flight) -> None:
     """Compacts rows into the smallest bucket that holds them; lengthens caches that are full."""
-    most = int(flight.live_by_slice(programs.slices).max())
-    flight.rows = programs.compact(flight.rows, most)
-    flight.live = sharding.to_host(flight.rows.live)
+    before = flight.live.size
+    flight.rows = programs.compact(flight.rows, int(flight.live_by_slice(programs.slices).max()))
+    if flight.rows.live.size < before:
+        flight.live = sharding.to_host(flight.rows.live)
     while _room(programs, flight) == 0:
         flight.rows = programs.grow(flight.rows)
 
