@@ -1,6 +1,6 @@
 """python -m tlt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-About six minutes on two CPU cores, installation included; the mean reward goes from 0.4 to 0.7.
+About five minutes on two CPU cores, installation included; the mean reward goes from 0.4 to 0.7.
 A policy of 48 layers, 64 wide (2.4M parameters), learns to search for pairs of numbers. Deep and
 narrow on purpose: only there do two CPU cores gain what an accelerator gains from verifying several
 tokens at once. Variants: "" (the run above), "tiny" (random weights, a few steps, for a first look)
@@ -43,11 +43,11 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.warm_start_dir = WARM_START
     config.policy.update(num_layers=48, width=64, num_heads=2, num_kv_heads=1, ffn_width=192)
     config.drafter.update(ffn_width=512, train_depth=3, learning_rate=1e-4)
-    config.drafter.rounds_per_microbatch = 16
+    config.drafter.rounds_per_microbatch = 10
     config.task.mix = "easy"
     config.rollout.depths = (4, 4, 5, 5)
     config.rollout.length_buckets = (144, 256, 512)
-    config.rollout.chunk_tokens = 192
+    config.rollout.chunk_tokens = 120
     config.num_steps = 50
     config.learner.learning_rate = 1e-4
     config.learner.decay = "cosine"
@@ -68,7 +68,8 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.policy.update(num_layers=2, width=32, num_heads=2, head_size=16, ffn_width=64)
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
     config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
-    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4)
+    config.rollout.chunk_tokens = 48
+    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4, rounds_per_microbatch=4)
     config.learner.row_length = 96
     config.checkpoint.every = 2
 
