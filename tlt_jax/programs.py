@@ -78,8 +78,9 @@ class RolloutPrograms:
 
     def orders(self, *, rounds: int, index: int) -> ChunkOrders:
         """One chunk's orders as device data."""
-        made = ChunkOrders(rounds=np.int32(rounds), index=np.int32(index))
-        return jax.device_put(made, sharding.replicated(self.mesh))
+        numbers = np.int32(rounds), np.int32(index)
+        placed = jax.device_put(numbers, sharding.replicated(self.mesh))
+        return ChunkOrders(rounds=placed[0], index=placed[1])
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
         """Rows of a new batch; see `chunk.prefill_program` for the arguments."""
