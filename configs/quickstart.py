@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.warm_start_dir = WARM_START
     config.policy.update(num_layers=48, width=64, num_heads=2, num_kv_heads=1, ffn_width=192)
     config.drafter.update(ffn_width=512, train_depth=3, learning_rate=1e-4)
-    config.drafter.rounds_per_microbatch = 14
+    config.drafter.rounds_per_microbatch = 12
     config.task.mix = "easy"
     config.rollout.depths = (4, 4, 4, 4)
     config.rollout.length_buckets = (144, 256, 512)
