@@ -55,15 +55,35 @@ def test_both_models_have_learned(made):
     assert (report["policy_steps"], report["drafter_steps"]) == (12, 12)
 
 
-def test_a_phase_without_steps_leaves_its_weights_alone(made, data_dir, tmp_path):
-    config = _changed(data_dir, warm_start_dir=str(made), warm_start={"policy_steps": 0})
+@pytest.mark.parametrize(("resting", "training"), [("policy", "drafter"), ("drafter", "policy")])
+def test_a_phase_without_steps_leaves_its_weights_alone(
+    made, data_dir, tmp_path, resting, training
+):
+    steps = {f"{resting}_steps": 0, f"{training}_steps": 2}
+    config = _changed(data_dir, warm_start_dir=str(made), warm_start=steps)
     warm_start.warm_start(config, tmp_path)
+    place = {"policy": 0, "drafter": 1}
     before, after = _load(made), _load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after[1], before[1])
+    jax.tree.map(np.testing.assert_array_equal, after[place[resting]], before[place[resting]])
+    trained = after[place[training]], before[place[training]]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *trained)
     assert min(jax.tree.leaves(moved)) > 0
     report = json.loads((tmp_path / "warm_start.json").read_text())
-    assert report["policy_loss"] is None and report["drafter_loss"] > 0
+    assert report[f"{resting}_loss"] is None and report[f"{training}_loss"] > 0
+
+
+def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_zero():
+    rate = warm_start.schedule(0.4, 40)
+    assert [float(rate(step)) for step in (0, 1, 2)] == pytest.approx([0.0, 0.2, 0.4])
+    assert float(rate(21)) == pytest.approx(0.2) and float(rate(40)) == pytest.approx(0.0)
+
+
+def test_the_drafters_rate_has_that_schedule():
+    tx = warm_start.drafter_optimizer(toy_run.changed(CONFIG, warm_start={"drafter_steps": 40}))
+    params, slope = {"w": np.ones(2, np.float32)}, {"w": np.full(2, 0.1, np.float32)}
+    first, state = tx.update(slope, tx.init(params), params)
+    second, _ = tx.update(slope, state, params)
+    assert np.all(np.asarray(first["w"]) == 0) and np.all(np.asarray(second["w"]) < 0)
 
 
 def test_the_drafters_learning_rate_is_that_of_the_warm_start(made, data_dir, tmp_path):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import chunk, drafter, policy, rollout, sampling, sharding, spot_training
+from tlt_jax import chunk, drafter, policy, rollout, sampling, setup, sharding, spot_training
 from tlt_jax.config import DrafterConfig, MeshConfig, PolicyConfig, RolloutConfig
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.sharding import ParamSpec
@@ -233,9 +233,7 @@ def drafter_state(programs, draft):
     """Version 0 of a drafter on every device, None without drafting."""
     if not programs.drafting:
         return None
-    tx = spot_training.optimizer(programs.drafter)
-    state = spot_training.init_state(tx, jax.tree.map(jnp.copy, draft))
-    return jax.device_put(state, sharding.replicated(programs.mesh))
+    return setup.drafter_state(spot_training.optimizer(programs.drafter), programs.mesh, draft)
 
 
 def buffers(programs):

@@ -30,6 +30,7 @@ from tlt_jax import (
     rollout,
     setup,
     sharding,
+    spot_training,
     step_price,
     weights,
 )
@@ -74,7 +75,8 @@ class Runner:
         """Drafter state and buffer that a rollout begins with and may take."""
         state = buffer = None
         if self.draft is not None:
-            state = setup.drafter_state(self.config, self.programs.mesh, self.draft)
+            tx = spot_training.optimizer(self.config.drafter)
+            state = setup.drafter_state(tx, self.programs.mesh, self.draft)
         if self.mode.training:
             buffer = chunk.empty_buffers(
                 self.programs.mesh, self.config.policy, self.config.drafter

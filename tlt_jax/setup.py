@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from tlt_jax import (
     advantages,
@@ -72,12 +73,13 @@ def load_task(config: RunConfig) -> tuple[Task, Any]:
     return task, pipeline.prompt_dataset(source, task, seed=config.seed)
 
 
-def drafter_state(config: RunConfig, mesh: jax.sharding.Mesh, params: Any) -> DrafterState:
-    """Version 0 of a drafter, on every device of the mesh.
+def drafter_state(
+    tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Any
+) -> DrafterState:
+    """Version 0 of a drafter that `tx` will train, on every device of the mesh.
 
     The parameters are copied: the state will be donated, and `params` stays the caller's.
     """
-    tx = spot_training.optimizer(config.drafter)
     state = spot_training.init_state(tx, jax.tree.map(jnp.copy, params))
     return jax.device_put(state, sharding.replicated(mesh))
 
@@ -121,7 +123,9 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
     config, programs = machinery.config, machinery.programs
     mesh = programs.mesh
     params = rl_step.rollout_layout(mesh, config)(policy_params)
-    draft = drafter_state(config, mesh, drafter_params) if programs.drafting else None
+    draft = None
+    if programs.drafting:
+        draft = drafter_state(spot_training.optimizer(config.drafter), mesh, drafter_params)
     buffer = chunk.empty_buffers(mesh, config.policy, config.drafter) if programs.training else None
     return RunState(
         steps_done=0,

@@ -158,13 +158,15 @@ def train_drafter(
     config: RunConfig, mesh: jax.sharding.Mesh, batches: Batches, target: Any, began: float
 ) -> tuple[Any, float | None]:
     """Drafter parameters and the last loss, None without steps."""
-    params = jax.device_put(setup.initial_drafter(config), sharding.replicated(mesh))
-    state = spot_training.init_state(drafter_optimizer(config), params)
-    steps, loss = config.warm_start.drafter_steps, None
+    params = setup.initial_drafter(config)
+    steps = config.warm_start.drafter_steps
+    if steps == 0:
+        return params, None
+    state = setup.drafter_state(drafter_optimizer(config), mesh, params)
     for step in range(steps):
         state, loss = drafter_step(state, target, batches.next(), config)
         _progress("drafter", step, steps, loss, began)
-    return state.params, None if loss is None else float(loss)
+    return state.params, float(loss)
 
 
 def _progress(what: str, step: int, steps: int, loss: jax.Array, began: float) -> None:
