@@ -4,6 +4,7 @@ Conftest files are read before any test module, hence before JAX starts its back
 """
 
 import dataclasses
+import importlib.util
 import os
 
 import jax
@@ -73,3 +74,12 @@ def random_params():
         return jax.tree.map(one, specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
 
     return draw
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `tpu_compile` need the TPU compiler, but no TPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        reason = "libtpu, the TPU compiler, is not installed: see requirements-tpu.txt"
+        for item in items:
+            if item.get_closest_marker("tpu_compile"):
+                item.add_marker(pytest.mark.skip(reason=reason))

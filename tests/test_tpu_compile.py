@@ -5,7 +5,6 @@ Device `i` of a compiled program is entry `i` of its flattened (slice, tensor) m
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import re
 from typing import Any, NamedTuple
@@ -39,14 +38,8 @@ from tlt_jax.speculation import Sampler
 from tlt_jax.types import Strategy
 
 
-def needs_libtpu(test):
-    missing = importlib.util.find_spec("libtpu") is None
-    reason = "libtpu, the TPU compiler, is not installed: see requirements-tpu.txt"
-    return pytest.mark.tpu_compile(pytest.mark.skipif(missing, reason=reason)(test))
-
-
 def compiles_for_tpu(test):
-    return needs_libtpu(pytest.mark.parametrize("backend", ["reference", "tpu"])(test))
+    return pytest.mark.tpu_compile(pytest.mark.parametrize("backend", ["reference", "tpu"])(test))
 
 
 GIB = 2**30
@@ -336,7 +329,7 @@ def test_prefill_stays_in_its_slice(mesh, backend):
     assert compiled.memory_analysis().temp_size_in_bytes < _device_bytes(shapes.rows)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_the_policy_update_keeps_its_state_in_place(mesh):
     settings = LearnerConfig(row_length=512, microbatch_rows=2, updates_per_step=2)
     tx = learner.optimizer(settings, num_steps=100)
@@ -360,7 +353,7 @@ def test_the_policy_update_keeps_its_state_in_place(mesh):
 
 
 @pytest.mark.slow
-@needs_libtpu
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("training", [False, True], ids=["rollout", "training"])
 def test_a_7b_policy_fits_v5e_chips(training):
     mesh = _mesh("v5e:4x4", slices=4, tensor=4)

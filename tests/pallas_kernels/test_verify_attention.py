@@ -114,6 +114,15 @@ def test_what_a_query_does_not_see_changes_nothing(run, length):
         assert np.all(np.any(changed[:, sees] != before[:, sees], axis=(-1, -2)))
 
 
+@pytest.mark.parametrize("run", [_reference, _interpreted], ids=["reference", "kernel"])
+def test_a_nan_reaches_whoever_sees_it(run):
+    """A broken cache must not pass for a result, wherever the NaN stands in the row."""
+    q, k, v, lengths, _ = _random_case(4, b=3, t=2, n=2, k=1, s=32, h=8, lengths=[20, 20, 20])
+    for position in (0, 11, 20):
+        out = np.asarray(run(q, k.at[1, 0, position].set(jnp.nan), v, lengths))
+        assert np.all(np.isnan(out[1])) and np.all(np.isfinite(out[[0, 2]]))
+
+
 # float32 differs by the order of sums alone. In bfloat16 both sides round the weights (against
 # different maxima) and the result to 8 bits: 2 ** -7 is the last bit of a value in [1, 2).
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-7}

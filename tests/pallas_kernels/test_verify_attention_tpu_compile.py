@@ -1,7 +1,6 @@
 """Compiles the verify_attention kernel for TPU chips on a host without one, and reads its cost."""
 
 import functools
-import importlib.util
 import math
 
 import jax
@@ -14,13 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.verify_attention import verify_attention, verify_attention_reference
 
-pytestmark = [
-    pytest.mark.tpu_compile,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu, the TPU compiler, is not installed: see requirements-tpu.txt",
-    ),
-]
+pytestmark = pytest.mark.tpu_compile
 
 _TOPOLOGIES = ("v5e:2x2", "v4:2x2x1")
 _REPLICATED = (P(), P(), P(), P(), P())
