@@ -6,7 +6,7 @@ narrow on purpose: only there do two CPU cores gain what an accelerator gains fr
 tokens at once. Variants: "" (the run above), "tiny" (random weights, a few steps, for a first look)
 and "gpu" (one device).
 
-The weights it begins from were made in about an hour on two cores by
+The weights it begins from were made in a good hour on two cores by
 
     python -m tlt_jax.warm_start --config=configs/quickstart.py --config.warm_start_dir= \\
         --config.warm_start.policy_steps=700 --config.warm_start.drafter_steps=500 \\

@@ -172,10 +172,11 @@ def test_a_killed_process_is_resumed_by_the_same_command(
     while not (workdir / "checkpoints" / "2").exists() and process.poll() is None:
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    delay = random.uniform(0.0, 0.2)
+    delay = random.uniform(0.0, 0.4)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
     kept = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert kept, errors  # later ones take the place of "2"
 
