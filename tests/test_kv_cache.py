@@ -43,8 +43,8 @@ def test_heads_stay_apart():
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_rows_are_written_along_either_axis(axis):
-    rows = 5
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_are_written_along_either_axis(rows, axis):
     shape, new_shape = [rows, 3, 7, 2], [rows, 3, 7, 2]
     new_shape[axis] = 2
     whole, new = -_numbers(*shape), _numbers(*new_shape)
@@ -56,6 +56,19 @@ def test_rows_are_written_along_either_axis(axis):
             np.asarray(new)[row], axis - 1, 0
         )
     np.testing.assert_array_equal(found, expected)
+
+
+def test_what_does_not_fit_is_not_written():
+    whole, new = _numbers(2, 3, 2), -_numbers(2, 2, 2)
+    found = kv_cache.put_rows(whole, new, jnp.array([2, 1], jnp.int32), axis=1)
+    np.testing.assert_array_equal(found[0], whole[0])
+    np.testing.assert_array_equal(found[1, 1:], new[1])
+
+
+def test_a_part_of_each_row_is_taken():
+    whole = _numbers(2, 5, 3)
+    found = kv_cache.take_rows(whole, jnp.array([3, 0], jnp.int32), 2)
+    np.testing.assert_array_equal(found, [whole[0, 3:], whole[1, :2]])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -29,8 +29,8 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> L
       cache: the layer's cache.
       k: keys [B, T, K, H].
       v: values [B, T, K, H].
-      starts: first cache position per row, [B] int32; `starts + T` must not pass S, because a
-        dynamic update that does not fit is shifted left by XLA and would overwrite history.
+      starts: first cache position per row, [B] int32; `starts + T` must not pass S, because what
+        does not fit is not written.
     """
 
     def place(whole: jax.Array, new: jax.Array) -> jax.Array:
@@ -43,9 +43,36 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> L
 
 
 def put_rows(whole: jax.Array, new: jax.Array, starts: jax.Array, *, axis: int) -> jax.Array:
-    """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`; B rows lead."""
+    """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`; B rows lead.
 
-    def put(row: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis=axis - 1)
+    One batched scatter. A scatter of a single update XLA makes a slice update, which XLA:CPU fuses
+    into two places and copies the cache to keep them apart; so a single row gets a second update
+    that falls outside and is dropped.
+    """
+    rows = jnp.arange(whole.shape[0], dtype=jnp.int32)
+    if whole.shape[0] == 1:
+        rows = jnp.arange(2, dtype=jnp.int32)
+        starts, new = jnp.concatenate([starts, starts]), jnp.concatenate([new, new])
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, whole.ndim)),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, axis),
+    )
+    return jax.lax.scatter(
+        whole,
+        jnp.stack([rows, starts], axis=1),
+        new,
+        dimensions,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )
 
-    return jax.vmap(put)(whole, new, starts)
+
+def take_rows(whole: jax.Array, starts: jax.Array, count: int) -> jax.Array:
+    """Entries `starts .. starts + count - 1` of each row: [B, S, ...] -> [B, count, ...]."""
+
+    def take(row: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(row, start, count, axis=0)
+
+    return jax.vmap(take)(whole, starts)
