@@ -41,6 +41,17 @@ def test_training_never_leaves_its_chunk_and_none_is_idle(make_chunk):
     assert chunk_spans(chunk, start=0.0, microbatch_seconds=0.0)[1] == Span(1, 0.0, 1.0, IDLE)
 
 
+def test_a_slice_that_falls_idle_in_a_chunk_trains_after_its_rounds(make_chunk):
+    chunk = make_chunk(
+        seconds=2.0, roles=["ROLLOUT", "ROLLOUT"], rounds_run=[8, 2], microbatches=[0, 3]
+    )
+    assert chunk_spans(chunk, start=1.0, microbatch_seconds=0.25)[1:] == [
+        Span(1, 1.0, 0.5, ROLLOUT),
+        Span(1, 1.5, 0.75, TRAINING),
+        Span(1, 2.25, 0.75, IDLE),
+    ]
+
+
 def test_unknown_role_is_refused(make_chunk):
     with pytest.raises(UserError, match="step 3, chunk 1: role 'SLEEP'"):
         chunk_spans(make_chunk(3, 1, roles=["ROLLOUT", "SLEEP"]), start=0.0, microbatch_seconds=0.0)

@@ -71,12 +71,7 @@ def step_timeline(chunks: Sequence[Record], row: Record) -> StepTimeline:
     clock = chunks[0]["start"]
     chunk_seconds = chunks[-1]["start"] + chunks[-1]["seconds"] - clock
     prefill = max(0.0, row["seconds"]["rollout"] - chunk_seconds)
-    microbatches = sum(
-        count
-        for chunk in chunks
-        for count, role in zip(chunk["microbatches"], chunk["roles"], strict=True)
-        if role == "TRAIN"
-    )
+    microbatches = sum(sum(chunk["microbatches"]) for chunk in chunks)
     per_microbatch = row["idle_training_seconds"] / microbatches if microbatches else 0.0
     spans = [
         span
@@ -100,7 +95,7 @@ def step_timeline(chunks: Sequence[Record], row: Record) -> StepTimeline:
 
 
 def chunk_spans(chunk: Record, *, start: float, microbatch_seconds: float) -> list[Span]:
-    """Spans of one chunk: per slice its work and, where that ends early, the idle remainder.
+    """Spans of one chunk: per slice its rounds, then its microbatches, then the idle remainder.
 
     Args:
       chunk: a decision row.
@@ -114,23 +109,24 @@ def chunk_spans(chunk: Record, *, start: float, microbatch_seconds: float) -> li
     most_rounds = max(chunk["rounds_run"])
     spans = []
     for index, role in enumerate(chunk["roles"]):
-        if role == "ROLLOUT":
-            share = chunk["rounds_run"][index] / most_rounds if most_rounds else 1.0
-            busy, activity = seconds * share, Activity.ROLLOUT
-        elif role == "TRAIN":
-            busy = min(seconds, chunk["microbatches"][index] * microbatch_seconds)
-            activity = Activity.TRAINING
-        elif role == "IDLE":
-            busy, activity = 0.0, Activity.IDLE
-        else:
+        if role not in ("ROLLOUT", "TRAIN", "IDLE"):
             raise UserError(
                 f"decisions.jsonl, step {chunk['step']}, chunk {chunk['chunk']}: role {role!r} "
                 "is not ROLLOUT, TRAIN or IDLE."
             )
-        if busy > 0:
-            spans.append(Span(index, start, busy, activity))
-        if busy < seconds:
-            spans.append(Span(index, start + busy, seconds - busy, Activity.IDLE))
+        share = chunk["rounds_run"][index] / most_rounds if most_rounds else 1.0
+        rolling = seconds * share if role == "ROLLOUT" else 0.0
+        training = min(seconds - rolling, chunk["microbatches"][index] * microbatch_seconds)
+        parts = (
+            (Activity.ROLLOUT, rolling),
+            (Activity.TRAINING, training),
+            (Activity.IDLE, seconds - rolling - training),
+        )
+        begun = start
+        for activity, spent in parts:
+            if spent > 0:
+                spans.append(Span(index, begun, spent, activity))
+            begun += spent
     return spans
 
 
