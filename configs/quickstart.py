@@ -43,9 +43,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.warm_start_dir = WARM_START
     config.policy.update(num_layers=48, width=64, num_heads=2, num_kv_heads=1, ffn_width=192)
     config.drafter.update(ffn_width=512, train_depth=3, learning_rate=1e-4)
-    config.drafter.rounds_per_microbatch = 12
     config.task.mix = "easy"
-    config.rollout.depths = (4, 4, 4, 4)
     config.rollout.length_buckets = (144, 256, 512)
     config.rollout.chunk_tokens = 120
     config.num_steps = 50
@@ -69,7 +67,8 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
     config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
     config.rollout.chunk_tokens = 48
-    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4, rounds_per_microbatch=4)
+    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4)
+    config.drafter.update(microbatch_tokens=48, rounds_per_microbatch=(4, 8))
     config.learner.row_length = 96
     config.checkpoint.every = 2
 
@@ -78,4 +77,5 @@ def _put_on_one_device(config: config_dict.ConfigDict) -> None:
     config.mesh.slices = 1
     config.rollout.row_buckets = (32, 8, 2)
     config.rollout.depths = (8, 8, 8)
+    config.drafter.rounds_per_microbatch = (4, 6, 8)
     config.benchmark.other_slices = ()

@@ -10,8 +10,8 @@ from tlt_jax.types import INVALID
 
 ROWS, ROW_LENGTH, WIDTH, LONGEST = 3, 8, 2, 10
 
-_insert_many = jax.jit(buffer_lib.insert_many)
-_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
+_insert_each = jax.jit(buffer_lib.insert_each)
+_sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "tokens"))
 
 
 def _empty():
@@ -28,8 +28,9 @@ def _sequences(first, count):
 
 
 def _insert(buffer, *lengths, first=0):
-    """Inserts sequences numbered from `first` on, with these lengths."""
-    return _insert_many(buffer, *_sequences(first, len(lengths)), jnp.array(lengths, jnp.int32))
+    """Inserts sequences numbered from `first` on, with these lengths; those of length 0 not."""
+    given = jnp.array(lengths, jnp.int32)
+    return _insert_each(buffer, *_sequences(first, len(lengths)), given, given > 0)
 
 
 def _check_alignment(packed):
@@ -73,20 +74,25 @@ def test_the_ring_wraps_to_the_oldest_row_and_clears_it():
     _check_alignment(buffer)
 
 
+def test_only_the_wanted_sequences_are_stored():
+    base = _insert(_empty(), 3, 4)
+    given = (*_sequences(0, 2), jnp.array([3, 4], jnp.int32))
+    with_gaps = _insert_each(_empty(), *given, jnp.array([True, False]))
+    with_gaps = _insert_each(with_gaps, *given, jnp.array([False, True]))
+    jax.tree.map(np.testing.assert_array_equal, with_gaps, base)
+    nothing = _insert_each(base, *given, jnp.array([False, False]))
+    jax.tree.map(np.testing.assert_array_equal, nothing, base)
+
+
 def test_length_zero_stores_nothing():
     base = _insert(_empty(), 3, 4)
-    with_gaps = _insert_many(_empty(), *_sequences(0, 2), jnp.array([3, 0], jnp.int32))
-    with_gaps = _insert_many(with_gaps, *_sequences(0, 2), jnp.array([0, 4], jnp.int32))
-    jax.tree.map(np.testing.assert_array_equal, with_gaps, base)
-    nothing = _insert(base, 0, 0)
-    jax.tree.map(np.testing.assert_array_equal, nothing, base)
     one = jax.jit(buffer_lib.insert)(base, *(x[0] for x in _sequences(9, 1)), jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, one, base)
 
 
 def test_only_filled_rows_are_drawn_and_all_of_them():
     buffer, keys = _insert(_empty(), 8, 5), jax.random.split(jax.random.key(0), 20)
-    drawn = jax.vmap(lambda key: _sample(buffer, key, rows=2))(keys)
+    drawn = jax.vmap(lambda key: _sample(buffer, key, rows=2, tokens=ROW_LENGTH))(keys)
     assert drawn.tokens.shape == (20, 2, ROW_LENGTH)
     assert np.all(np.asarray(drawn.segment_ids)[..., 0] != INVALID)
     assert set(np.asarray(drawn.segment_ids)[..., 0].ravel().tolist()) == {0, 1}
@@ -95,19 +101,32 @@ def test_only_filled_rows_are_drawn_and_all_of_them():
 
 def test_a_microbatch_depends_on_its_key():
     buffer = _insert(_empty(), 8, 8, 8)
-    drawn = [np.asarray(_sample(buffer, jax.random.key(n), rows=6).tokens) for n in (0, 1, 0)]
+    drawn = [
+        np.asarray(_sample(buffer, jax.random.key(n), rows=6, tokens=4).tokens) for n in (0, 1, 0)
+    ]
     assert not np.array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
 def test_sequences_are_drawn_from_their_beginning_to_their_end():
     buffer = _insert(_empty(), 3, 3, 2, 7, 2)  # rows 3 + 3 + 2, 7, and 2
-    drawn = _sample(buffer, jax.random.key(0), rows=50)
+    drawn = _sample(buffer, jax.random.key(0), rows=50, tokens=2)
     held = zip(np.asarray(drawn.segment_ids), np.asarray(drawn.positions), strict=True)
     lengths = (3, 3, 2, 7, 2)
     for segments, positions in held:
         for segment in set(segments.tolist()) - {INVALID}:
             assert positions[segments == segment].tolist() == list(range(lengths[segment]))
+
+
+def test_parts_that_hold_anything_are_drawn_alike():
+    """Of rows with 8, 5 and 4 tokens: pieces of two, the last one of 5 half empty."""
+    buffer = _insert(_empty(), 8, 5, 4)
+    drawn = _sample(buffer, jax.random.key(0), rows=3000, tokens=2)
+    row = np.asarray(drawn.segment_ids)[:, 0]
+    for index, parts in enumerate(([0, 2, 4, 6], [0, 2, 4], [0, 2])):
+        found, counts = np.unique(np.asarray(drawn.starts)[row == index], return_counts=True)
+        assert found.tolist() == parts
+        assert np.all(np.abs(counts / 1000 - 1 / len(parts)) < 0.1)
 
 
 class _PlainRing:

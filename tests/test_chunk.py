@@ -1,4 +1,4 @@
-"""The programs of a rollout one by one: prefill, shrink, grow, and a chunk's training branch."""
+"""The programs of a rollout one by one: prefill, shrink, grow, and a chunk with training."""
 
 import dataclasses
 import functools
@@ -12,12 +12,13 @@ import toy_engine
 from toy_engine import DRAFTER, NEVER, SHAPE
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import chunk, policy, sharding, spot_training
+from tlt_jax import policy, row_programs, sharding, spot_training
 from tlt_jax.buffer import Microbatch
-from tlt_jax.chunk import TRAINING_STREAM, ChunkKind
+from tlt_jax.chunk import TRAINING_STREAM
 from tlt_jax.types import INVALID
 
 ROWS, SLICES = 4, 2
+PRICE = DRAFTER.rounds_per_microbatch[0]  # of the bucket of four rows
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
@@ -46,7 +47,7 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
     """One chunk from copies: (drafter state, buffer, rows, report)."""
     state = state or toy_engine.drafter_state(programs, toy_engine.random_drafter())
     buffer = buffer or toy_engine.buffers(programs)
-    kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // SLICES), training=training)
+    kind = programs.kind(rows.tokens.shape[0] // SLICES, training=training)
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(rounds=rounds, index=index)
@@ -55,7 +56,8 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
 
 @jax.jit
 def _sample(buffer, key):
-    return buffer_lib.sample(buffer, key, rows=DRAFTER.microbatch_rows)
+    rows, tokens = DRAFTER.microbatch_rows, DRAFTER.microbatch_tokens
+    return buffer_lib.sample(buffer, key, rows=rows, tokens=tokens)
 
 
 @jax.jit
@@ -77,7 +79,7 @@ def test_prefill_reads_the_prompts(programs, target):
 def test_every_program_keeps_the_rows_on_their_slices(programs, target):
     """A program that moved them would pay for it in every chunk, and the next would not fit."""
     state = _prefilled(programs, target, [9] * 8)
-    wanted = chunk.state_shardings(programs.mesh, keep_features=True)
+    wanted = row_programs.state_shardings(programs.mesh, keep_features=True)
     made = [state, programs.grow(state), programs.shrink(state, 1)]
     made.append(_run(programs, target, state, rounds=1, training=False)[2])
     for rows in made:
@@ -146,7 +148,7 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     assert live[[1, 4, 6]].all() and not live[[0, 2, 5, 7]].any()
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(rounds=9, index=1)
-    kind = ChunkKind(programs.strategy(ROWS), training=False)
+    kind = programs.kind(ROWS, training=False)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
     _, buffer, rows, _ = programs.chunk(kind, target, state_1, buffer, sampler, orders, rows)
     assert not np.any(rows.live) and np.all(rows.stored)
@@ -171,20 +173,19 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
 
 @pytest.fixture(scope="module")
 def unequal(programs, target):
-    """A chunk of 12 rounds: slice 0 ends after one, slice 1 goes on; both train in what is left."""
-    state = _prefilled(programs, target, [1, 1, 1, 1, 9, 2, 2, 2])
-    return _run(programs, target, state, rounds=12, training=True, index=3)
+    """A chunk of up to 24 rounds: slice 0 ends after one and trains while slice 1 goes on."""
+    state = _prefilled(programs, target, [1, 1, 1, 1, 14, 2, 2, 2])
+    return _run(programs, target, state, rounds=24, training=True, index=3)
 
 
-def test_spare_rounds_buy_microbatches(unequal):
-    """Decided on the device: nothing was idle when the chunk began."""
+def test_an_idle_slice_trains_until_the_tail_ends(unequal):
+    """Decided on the device: nothing was idle when the chunk began, nor is it run to its end."""
     _, _, rows, report = jax.device_get(unequal)
     assert not np.any(rows.live)
-    rounds = report.stats.rounds
-    assert rounds[0] == 1 and 3 <= rounds[1] <= 9
-    price = DRAFTER.rounds_per_microbatch
-    assert report.microbatches.tolist() == [(12 - count) // price for count in rounds]
-    assert report.microbatches[0] > report.microbatches[1] > 0
+    first, last = report.stats.rounds.tolist()
+    blocks = -(-last // PRICE)
+    assert first == 1 and 2 < blocks < 24 // PRICE
+    assert report.microbatches.tolist() == [blocks - 1, 0]
 
 
 def test_all_slices_leave_with_the_same_drafter(unequal):
@@ -195,16 +196,20 @@ def test_all_slices_leave_with_the_same_drafter(unequal):
     assert np.isfinite(loss[0]) and loss[0] == loss[1]
 
 
-def test_unequal_slices_train_as_one_that_took_every_microbatch(unequal):
-    """The moments are those of the mean gradient over all pairs of all microbatches at once."""
-    state, buffer, _, report = jax.device_get(unequal)
+def test_the_update_is_that_of_all_microbatches_at_once(programs, target):
+    """The moments are those of the mean gradient over all their pairs; every draw has its key."""
+    state = _prefilled(programs, target, [9] * 8, ids=[INVALID] * 8)
+    buffer, blocks = _full_buffers(programs), 2
+    given = {"rounds": blocks * PRICE, "training": True, "buffer": buffer, "index": 3}
+    state, _, _, report = jax.device_get(_run(programs, target, state, **given))
+    assert report.microbatches.tolist() == [blocks, blocks]
     key = jax.random.fold_in(jax.random.key(4), TRAINING_STREAM)
     key = jax.random.fold_in(key, 3)
     drawn = []
-    for slice_, count in enumerate(report.microbatches.tolist()):
-        own = jax.tree.map(lambda x, s=slice_: jnp.asarray(x[s]), buffer)
-        for index in range(count):
-            one = jax.random.fold_in(jax.random.fold_in(key, slice_), index)
+    for slice_ in range(SLICES):
+        own = jax.tree.map(lambda x, s=slice_: jnp.asarray(np.asarray(x)[s]), buffer)
+        for block in range(blocks):
+            one = jax.random.fold_in(jax.random.fold_in(key, slice_), block)
             drawn.append(_sample(own, one))
     whole = jax.tree.map(lambda *x: jnp.concatenate(x), *drawn)
     params, models = toy_engine.random_drafter(), toy_engine.random_policy()
@@ -227,11 +232,17 @@ def test_unequal_slices_train_as_one_that_took_every_microbatch(unequal):
 
 def test_a_slice_with_an_empty_buffer_takes_nothing(programs, target):
     """Slice 1 never had a row: it idles from the start, but there is nothing to learn from."""
-    state = _prefilled(programs, target, [1] * 4 + [9] * 4, ids=[0, 1, 2, 3] + [INVALID] * 4)
-    new, buffer, _, report = _run(programs, target, state, rounds=8, training=True)
-    assert report.stats.rounds.tolist() == [1, 0]
-    assert report.microbatches.tolist() == [3, 0] and buffer.filled.tolist() == [1, 0]
-    assert int(new.version) == 1
+    state = _prefilled(programs, target, [9] * 4 + [1] * 4, ids=[0, 1, 2, 3] + [INVALID] * 4)
+    old = toy_engine.drafter_state(programs, toy_engine.random_drafter())
+    given = {"rounds": 21, "training": True, "state": old}
+    new, buffer, rows, report = _run(programs, target, state, **given)
+    assert report.stats.rounds[0] > PRICE and report.stats.rounds[1] == 0
+    assert report.microbatches.tolist() == [0, 0] and buffer.filled.tolist() == [2, 0]
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    # With nothing live anywhere, all whole blocks are for training: slice 1 still cannot.
+    new, _, _, report = _run(programs, target, rows, buffer=buffer, **given)
+    assert report.stats.rounds.tolist() == [0, 0]
+    assert report.microbatches.tolist() == [21 // PRICE, 0] and int(new.version) == 1
     toy_engine.assert_same_on_all_devices(new)
 
 
@@ -281,7 +292,7 @@ def test_with_a_tensor_axis_all_devices_agree():
     """Training inside a slice of two devices: same drafter everywhere, near that of one device."""
     programs = toy_engine.engine("tensor")
     target = toy_engine.place(programs, toy_engine.random_policy())
-    state = _prefilled(programs, target, [1, 1, 1, 1, 9, 2, 2, 2])
-    new, _, _, report = _run(programs, target, state, rounds=12, training=True, index=3)
-    assert int(new.version) == 1 and report.microbatches[0] > report.microbatches[1] > 0
+    state = _prefilled(programs, target, [1, 1, 1, 1, 14, 2, 2, 2])
+    new, _, _, report = _run(programs, target, state, rounds=24, training=True, index=3)
+    assert int(new.version) == 1 and report.microbatches[0] > 1 and report.microbatches[1] == 0
     toy_engine.assert_same_on_all_devices(new)

@@ -164,7 +164,10 @@ def test_the_default_and_other_sound_configs_are_returned():
         BASE,
         _changed(rollout={"top_k": 5, "top_p": 0.9}, mesh={"slices": 2, "tensor": 2}),
         _changed(rollout={"temperature": 0.0}),  # greedy
-        _changed(rollout={"row_buckets": (16,), "depths": (0,)}),
+        _changed(
+            rollout={"row_buckets": (16,), "depths": (0,)},
+            drafter={"rounds_per_microbatch": (3,)},
+        ),
     ):
         assert validation.validate(config) is config
 
@@ -209,7 +212,14 @@ IMPOSSIBLE = [
     ("config.learner.microbatch_rows=3", {"learner": {"microbatch_rows": 3}}),
     ("config.learner.aggregation", {"learner": {"aggregation": "mean"}}),
     ("config.learner.decay", {"learner": {"decay": "exponential"}}),
-    ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": 0}}),
+    ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": (1, 2, 3, 0)}}),
+    ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": (1, 2)}}),
+    (
+        "config.drafter.rounds_per_microbatch is 13 for 1 rows",
+        {"rollout": {"chunk_tokens": 60}, "drafter": {"rounds_per_microbatch": (1, 2, 3, 4, 13)}},
+    ),
+    ("config.drafter.microbatch_tokens", {"drafter": {"microbatch_tokens": 100}}),
+    ("config.drafter.microbatch_tokens", {"drafter": {"microbatch_tokens": 0}}),
     ("config.drafter.buffer_rows", {"drafter": {"buffer_rows": 0}}),
     ("config.drafter.microbatch_rows", {"drafter": {"microbatch_rows": 0}}),
     ("config.drafter.ffn_width", {"drafter": {"ffn_width": 0}}),
@@ -235,9 +245,14 @@ def test_an_impossible_combination_names_its_key(key, changes):
 
 
 def test_what_just_fits_is_not_refused():
-    validation.validate(_changed(learner={"row_length": 448}, drafter={"row_length": 448}))
+    validation.validate(
+        _changed(learner={"row_length": 448}, drafter={"row_length": 448, "microbatch_tokens": 64})
+    )
     validation.validate(_changed(rollout={"length_buckets": (34, 453)}))
-    validation.validate(_changed(rollout={"chunk_tokens": 5}))
+    prices = {"rounds_per_microbatch": (1, 1, 1, 1, 1)}
+    validation.validate(_changed(rollout={"chunk_tokens": 5}, drafter=prices))
+    prices = {"rounds_per_microbatch": (1, 1, 1, 1, 12)}
+    validation.validate(_changed(rollout={"chunk_tokens": 60}, drafter=prices))
 
 
 def test_checks_touch_no_device():

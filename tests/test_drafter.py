@@ -16,7 +16,12 @@ SEGMENTS = np.array([[0, 0, 0, 0, 7, 7, 7, 7], [5, 5, 5, 5, 5, 5, -1, -1]], np.i
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
 
 _decode = jax.jit(drafter.decode, static_argnames="config")
-_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
+_packed_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "count", "steps"))
+
+
+def _steps(*arguments, steps):
+    """Estimates of whole rows at every depth, and where they exist."""
+    return _packed_steps(*arguments, jnp.zeros(2, jnp.int32), count=T, steps=steps)
 
 
 def _packed(*arguments):
@@ -128,6 +133,22 @@ def test_deeper_steps_are_what_drafting_from_each_place_gives(params, tiny_confi
                 )
                 found = steps[depth][0][row, first + slot]
                 np.testing.assert_allclose(found, estimate[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (4, 2), (3, 4)])
+def test_a_part_of_a_row_is_trained_with_all_that_it_sees(params, tiny_config, pairs, starts):
+    """At every depth the same as in the whole row, but for drafts that began before the part."""
+    whole = _steps(params, tiny_config, *pairs, POSITIONS, SEGMENTS, steps=3)
+    given = (*pairs, POSITIONS, SEGMENTS, jnp.array(starts, jnp.int32))
+    part = _packed_steps(params, tiny_config, *given, count=4, steps=3)
+    for depth in range(3):
+        for row, start in enumerate(starts):
+            here = slice(start, start + 4)
+            expected = np.array(whole[depth][1][row, here])
+            expected[:depth] = False
+            np.testing.assert_array_equal(part[depth][1][row], expected)
+            found, wanted = part[depth][0][row], whole[depth][0][row, here]
+            np.testing.assert_allclose(found[expected], wanted[expected], atol=1e-5)
 
 
 def test_where_deeper_steps_exist_by_hand(params, tiny_config, pairs):

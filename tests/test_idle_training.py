@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 import toy_engine
-from toy_engine import DRAFTER, NEVER
+from toy_engine import NEVER
 
 from tlt_jax import rollout
 
-PRICE = DRAFTER.rounds_per_microbatch
 # Counting at temperature 0 with a drafter that knows nothing: about one token a round.
 MODELS = toy_engine.counting()[0], toy_engine.random_drafter()
 
@@ -18,6 +17,12 @@ MODELS = toy_engine.counting()[0], toy_engine.random_drafter()
 def _lengths(by_slice):
     """Response lengths in the order of sequences, which are dealt to the slices in turn."""
     return [length for lengths in zip(*by_slice, strict=True) for length in lengths]
+
+
+def _microbatches(record, block, slice_):
+    """Whole blocks that some slice began with live rows and this one without."""
+    begun = min(-(-max(record.rounds_run) // block), record.rounds // block)
+    return max(begun - -(-record.rounds_run[slice_] // block), 0)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ def _lengths(by_slice):
     ],
 )
 def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
-    """Late joiners included: what a slice does not have to run, it trains, in every chunk."""
+    """Late joiners included: in blocks that others run it trains, in every chunk, and no longer."""
     programs = toy_engine.engine(name).having(temperature=0.0, chunk_tokens=24)
     asked = toy_engine.counting_prompts(*_lengths(by_slice))
     result = toy_engine.roll(programs, MODELS, asked)
@@ -43,12 +48,11 @@ def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
         assert record.roles == ["TRAIN" if none else "ROLLOUT" for none in idle]
         assert record.drafter_version == version
         for slice_, none in enumerate(idle):
-            spare = record.rounds - record.rounds_run[slice_]
-            wanted = spare // PRICE if kind.training else 0
+            wanted = _microbatches(record, kind.block, slice_) if kind.training else 0
             if none:
                 assert record.rounds_run[slice_] == 0 and record.microbatches[slice_] == wanted > 0
-            else:  # a slice that has ended nothing yet has nothing to learn from
-                assert record.microbatches[slice_] in (0, wanted)
+            else:
+                assert record.microbatches[slice_] == wanted
         assert (record.draft_loss is not None) == any(record.microbatches)
         version += any(record.microbatches)
         trained += any(record.microbatches)
@@ -158,12 +162,13 @@ def test_a_drafter_that_learns_is_accepted_more():
 
 @pytest.mark.parametrize("share", [0.5, 0.11, 0.03])
 def test_one_slice_trains_between_steps_within_its_budget(share):
-    """Percent rounds: a share of the rounds run is saved up, and whole microbatches are bought."""
+    """What a share of the rounds run is worth is saved up, and whole microbatches are bought."""
     programs = toy_engine.engine("one slice")
     budget = dataclasses.replace(programs.drafter, between_steps_budget=share)
     programs = programs.having(drafter=budget)
     models = toy_engine.random_policy(), toy_engine.random_drafter()
-    credit, versions = 0, 0
+    credit, versions = 0.0, 0
+    price = programs.kind(8, training=True).block
     for step in range(3):
         result = toy_engine.roll(
             programs, models, toy_engine.prompts(8, seed=step), seed=step, idle_credit=credit
@@ -173,15 +178,15 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
         chunks = chunks if bought else result.chunks
         assert all(record.roles == ["ROLLOUT"] for record in chunks)
         assert all(record.microbatches == [0] for record in chunks)
-        credit += round(100 * share) * sum(record.rounds_run[0] for record in chunks)
-        microbatches = credit // (100 * PRICE)
+        credit += share * sum(record.rounds_run[0] for record in chunks) / price
+        microbatches = int(credit)
         assert bought == (microbatches > 0)
         if bought:
             assert last.microbatches == [microbatches] and last.committed == [0]
             assert last.rounds_run == [0] and last.draft_loss is not None
             versions += 1
-        credit -= 100 * PRICE * microbatches
-        assert result.idle_credit == credit < 100 * PRICE
+        credit -= microbatches
+        assert result.idle_credit == pytest.approx(credit) and 0 <= result.idle_credit < 1
         assert int(result.drafter_state.version) == bought
     if share == 0.5:
         assert versions >= 2

@@ -237,12 +237,12 @@ def test_one_slice_steps_and_carries_its_credit():
     )
     programs = toy_engine.engine("one slice").having(drafter=config.drafter)
     outcomes = _steps(_machinery(programs, config), 3)
-    credit = 0
+    credit = 0.0
     for outcome in outcomes:
         rounds = sum(r.rounds_run[0] for r in outcome.chunks)
         bought = sum(r.microbatches[0] for r in outcome.chunks)
-        credit += 10 * rounds - 100 * DRAFTER.rounds_per_microbatch * bought
-        assert outcome.state.idle_credit == credit >= 0
+        credit += 0.1 * rounds / DRAFTER.rounds_per_microbatch[0] - bought
+        assert outcome.state.idle_credit == pytest.approx(credit) and credit >= 0
     assert int(outcomes[-1].state.drafter.version) >= 1
 
 

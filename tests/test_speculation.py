@@ -16,6 +16,7 @@ from tlt_jax.speculation import (
     RolloutState,
     Sampler,
     count_committed,
+    refresh_draft_cache,
     run_rounds,
     zero_stats,
 )
@@ -65,7 +66,8 @@ def test_committed_tokens_by_hand(drafts, taken, length, limit, committed, live,
 
 @functools.partial(jax.jit, static_argnames="strategy")
 def _run(models, strategy, sampler, state, rounds):
-    return run_rounds(models, SHAPE, strategy, sampler, state, rounds)
+    state = refresh_draft_cache(models, SHAPE, strategy, state)
+    return run_rounds(models, SHAPE, strategy, sampler, state, zero_stats(strategy), rounds)
 
 
 @jax.jit
@@ -88,7 +90,7 @@ def _draft_cache(models, features, tokens):
 
 
 def _prefilled(models, prompts, limits):
-    """Rows after the prompt, as `chunk.prefill_program` makes them."""
+    """Rows after the prompt, as `row_programs.prefill_program` makes them."""
     rows = len(prompts)
     tokens = np.zeros((rows, LENGTH), np.int32)
     for row, prompt in enumerate(prompts):

@@ -1,5 +1,6 @@
 """Drafter training: the loss by a naive loop, its mask, sums over slices, and the update."""
 
+import dataclasses
 import functools
 import hashlib
 
@@ -22,6 +23,7 @@ CONFIG = DrafterConfig(
     buffer_rows=3,
     row_length=8,
     microbatch_rows=2,
+    microbatch_tokens=8,
     train_depth=2,
 )
 TX = spot_training.optimizer(CONFIG)
@@ -29,9 +31,9 @@ W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.int32)
 
-_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "steps"))
-_sample = jax.jit(buffer_lib.sample, static_argnames="rows")
-_accumulate = jax.jit(spot_training.accumulate, static_argnames=("policy_config", "config"))
+_steps = jax.jit(drafter.packed_steps, static_argnames=("config", "count", "steps"))
+_sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "tokens"))
+_add_sample = jax.jit(spot_training.add_sample, static_argnames=("policy_config", "config"))
 _apply = jax.jit(spot_training.apply, static_argnames="tx")
 
 
@@ -63,6 +65,7 @@ def microbatch():
         features=jnp.asarray(rng.standard_normal((2, W, D)), jnp.float32),
         segment_ids=jnp.asarray(SEGMENTS),
         positions=jnp.asarray(POSITIONS),
+        starts=jnp.zeros(2, jnp.int32),
     )
 
 
@@ -80,12 +83,24 @@ def _filled(sequences, *lengths, first=0):
     """A buffer that holds sequences from `first` on, cut to these lengths."""
     tokens, features = (x[first : first + len(lengths)] for x in sequences)
     empty = buffer_lib.empty(CONFIG.buffer_rows, W, D, jnp.dtype("float32"))
-    return buffer_lib.insert_many(empty, tokens, features, jnp.array(lengths, jnp.int32))
+    given = jnp.array(lengths, jnp.int32)
+    return buffer_lib.insert_each(empty, tokens, features, given, given > 0)
+
+
+def _accumulate(params, target, policy_config, buffer, key, count):
+    """Sum of `count` microbatches, drawn by the key and their number."""
+    total = spot_training.zero_sum(params)
+    for index in range(count):
+        given = (policy_config, CONFIG, buffer, jax.random.fold_in(key, index), jnp.bool_(True))
+        total, taken = _add_sample(total, params, target, *given)
+        assert int(taken) == (int(buffer.filled) > 0)
+    return total
 
 
 def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch):
     embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
-    steps = _steps(params, tiny_config, microbatch.features, embedded, POSITIONS, SEGMENTS, steps=2)
+    given = (microbatch.features, embedded, POSITIONS, SEGMENTS, microbatch.starts)
+    steps = _steps(params, tiny_config, *given, count=W, steps=2)
     estimates = [np.asarray(x, np.float64) for x, _ in steps]
     features, head = (np.asarray(x, np.float64) for x in (microbatch.features, target["head"]))
     expected, count = 0.0, 0
@@ -131,7 +146,30 @@ def _segment_alone(microbatch, row, place):
     empty = jax.tree.map(jnp.zeros_like, microbatch)
     empty = empty.replace(segment_ids=jnp.full_like(empty.segment_ids, -1))
     count = place.stop - place.start
-    return jax.tree.map(lambda x, whole: x.at[0, :count].set(whole[row, place]), empty, microbatch)
+
+    def move(x, whole):
+        return x if x.ndim == 1 else x.at[0, :count].set(whole[row, place])
+
+    return jax.tree.map(move, empty, microbatch)
+
+
+def test_the_parts_of_a_row_add_up_to_what_they_hold(params, target, tiny_config, microbatch):
+    """At depth 1 every pair lies in one part; at depth 2 drafts across the cut are missing."""
+
+    def part(start):
+        config = dataclasses.replace(CONFIG, train_depth=1, microbatch_tokens=4)
+        starts = jnp.full(2, start, jnp.int32)
+        return _loss(params, target, tiny_config, config, microbatch.replace(starts=starts))
+
+    whole = _loss(
+        params, target, tiny_config, dataclasses.replace(CONFIG, train_depth=1), microbatch
+    )
+    (loss, pairs), (more, others) = part(0), part(4)
+    assert (pairs, others) == (3 + 4, 2 + 3) and float(whole[1]) == 12
+    np.testing.assert_allclose(loss + more, whole[0], rtol=1e-5)
+
+
+_loss = jax.jit(spot_training.loss_sum, static_argnames=("policy_config", "config"))
 
 
 def test_the_target_gets_no_gradient_and_all_of_the_drafter_does(
@@ -151,15 +189,21 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *buffers)
 
     def on_slice(params, target, buffer, count):
-        own = spot_training.accumulate(
-            params,
-            target,
-            tiny_config,
-            CONFIG,
-            jax.tree.map(lambda x: x[0], buffer),
+        own, own_key = (
+            spot_training.zero_sum(params),
             jax.random.fold_in(key, jax.lax.axis_index("slice")),
-            count[0],
         )
+        for index in range(4):
+            own, _ = spot_training.add_sample(
+                own,
+                params,
+                target,
+                tiny_config,
+                CONFIG,
+                jax.tree.map(lambda x: x[0], buffer),
+                jax.random.fold_in(own_key, index),
+                index < count[0],
+            )
         return jax.lax.psum(own, "slice")
 
     summed = jax.jit(
@@ -176,7 +220,7 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
     for index, buffer in enumerate(buffers):
         for number in range(int(counts[index])):
             draw_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows)
+            drawn = _sample(buffer, draw_key, rows=CONFIG.microbatch_rows, tokens=W)
             (loss, pairs), (gradients, _) = _evaluate(params, target, tiny_config, drawn)
             parts.append((loss, pairs, gradients))
     loss, pairs, gradients = jax.tree.map(lambda *x: sum(x), *parts)
@@ -200,16 +244,14 @@ def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
 ):
     state, key = spot_training.init_state(TX, params), jax.random.key(0)
     for buffer, count in ((_filled(sequences, 0, 0), 3), (_filled(sequences, 8), 0)):
-        total = _accumulate(params, target, tiny_config, CONFIG, buffer, key, jnp.int32(count))
+        total = _accumulate(params, target, tiny_config, buffer, key, count)
         jax.tree.map(np.testing.assert_array_equal, total, spot_training.zero_sum(params))
         jax.tree.map(np.testing.assert_array_equal, _apply(TX, state, total), state)
 
 
 def test_segments_without_a_pair_leave_the_drafter_alone(params, target, tiny_config, sequences):
     buffer = _filled(sequences, 1, 1, 1)
-    total = _accumulate(
-        params, target, tiny_config, CONFIG, buffer, jax.random.key(0), jnp.int32(3)
-    )
+    total = _accumulate(params, target, tiny_config, buffer, jax.random.key(0), 3)
     assert float(total.weight) == 0
     state = spot_training.init_state(TX, params)
     jax.tree.map(np.testing.assert_array_equal, _apply(TX, state, total), state)
@@ -220,7 +262,7 @@ def test_microbatches_vary_with_the_key_and_their_number(params, target, tiny_co
 
     def loss(seed, count):
         key = jax.random.key(seed)
-        total = _accumulate(params, target, tiny_config, CONFIG, buffer, key, jnp.int32(count))
+        total = _accumulate(params, target, tiny_config, buffer, key, count)
         return float(total.loss)
 
     assert len({loss(seed, 2) for seed in range(6)}) >= 3
@@ -274,7 +316,7 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_drafter(
     state, losses = spot_training.init_state(TX, params), []
     for step in range(150):
         key = jax.random.fold_in(jax.random.key(0), step)
-        total = _accumulate(state.params, target, tiny_config, CONFIG, buffer, key, jnp.int32(1))
+        total = _accumulate(state.params, target, tiny_config, buffer, key, 1)
         state = _apply(TX, state, total)
         losses.append(float(total.loss / total.weight))
     assert int(state.version) == 150

@@ -27,6 +27,7 @@ from tlt_jax import (
     learner,
     packing,
     policy,
+    row_programs,
     sampling,
     sharding,
     spot_training,
@@ -126,11 +127,11 @@ def _sampling_params():
 
 
 def _prefill(mesh, config, length):
-    return chunk.prefill_program(mesh, config, length=length, keep_features=True)
+    return row_programs.prefill_program(mesh, config, length=length, keep_features=True)
 
 
 def _chunk(mesh, config, drafter_config, *, training):
-    kind = ChunkKind(CHAIN, training=training)
+    kind = ChunkKind(CHAIN, block=4 if training else 0)
     return chunk.chunk_program(mesh, config, drafter_config, kind, keep_features=True)
 
 
@@ -165,7 +166,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
         orders=_evaluated(lambda: ChunkOrders(jnp.int32(0), jnp.int32(0)), whole),
         rows=_evaluated(
             functools.partial(_prefill(mesh, config, length), target, *batch),
-            chunk.state_shardings(mesh, keep_features=True),
+            row_programs.state_shardings(mesh, keep_features=True),
         ),
     )
 

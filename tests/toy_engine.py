@@ -46,8 +46,9 @@ DRAFTER = DrafterConfig(
     buffer_rows=4,
     row_length=48,
     microbatch_rows=2,
+    microbatch_tokens=24,
     train_depth=1,
-    rounds_per_microbatch=2,
+    rounds_per_microbatch=(2, 1),
 )
 # Two row buckets with a depth each, and two length buckets.
 ROLLOUT = RolloutConfig(

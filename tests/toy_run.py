@@ -26,7 +26,14 @@ CONFIG = RunConfig(
         length_buckets=(72,),
         chunk_tokens=12,
     ),
-    drafter=DrafterConfig(ffn_width=32, buffer_rows=4, row_length=72, train_depth=1),
+    drafter=DrafterConfig(
+        ffn_width=32,
+        buffer_rows=4,
+        row_length=72,
+        microbatch_tokens=36,
+        train_depth=1,
+        rounds_per_microbatch=(2,),
+    ),
     learner=LearnerConfig(row_length=72),
 )
 

@@ -119,15 +119,16 @@ def packed(
     *,
     own: Sequence[tuple[jax.Array, jax.Array]] = (),
 ) -> jax.Array:
-    """Attention inside packed rows.
+    """Attention inside packed rows of S tokens, of all of them or of T chosen ones.
 
-    Query blocks read keys up to their own end only, which skips nearly half of a causal mask.
+    With T = S, query blocks read keys up to their own end only, which skips nearly half of a causal
+    mask.
 
     Args:
       q: queries [B, T, N, H].
-      k: keys [B, T, K, H].
-      v: values [B, T, K, H].
-      mask: [B, T, T] bool from `packed_mask`.
+      k: keys [B, S, K, H].
+      v: values [B, S, K, H].
+      mask: [B, T, S] bool, of `packed_mask` the rows of the queries.
       own: further (keys, values), [B, T, K, H] each, of which query t sees entry t alone.
 
     Returns:
@@ -139,12 +140,13 @@ def packed(
     blocks = []
     for start in range(0, count, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, count)
+        seen = end if count == k.shape[1] else k.shape[1]
         blocks.append(
             _attend(
                 grouped[:, start:end],
-                k[:, :end],
-                v[:, :end],
-                mask[:, start:end, :end],
+                k[:, :seen],
+                v[:, :seen],
+                mask[:, start:end, :seen],
                 [(keys[:, start:end], values[:, start:end]) for keys, values in own],
             )
         )

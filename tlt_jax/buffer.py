@@ -31,12 +31,13 @@ class DrafterBuffer:
 
 @struct.dataclass
 class Microbatch:
-    """Packed rows to train on."""
+    """Packed rows, and which part of each is trained; the rest is what that part sees."""
 
     tokens: jax.Array  # [M, W] int32
     features: jax.Array  # [M, W, D]
     segment_ids: jax.Array  # [M, W] int32
     positions: jax.Array  # [M, W] int32
+    starts: jax.Array  # [M] int32, the part's first token
 
 
 def empty(rows: int, row_length: int, width: int, dtype: jnp.dtype) -> DrafterBuffer:
@@ -92,32 +93,50 @@ def insert(
     )
 
 
-def insert_many(
-    buffer: DrafterBuffer, tokens: jax.Array, features: jax.Array, lengths: jax.Array
+def insert_each(
+    buffer: DrafterBuffer,
+    tokens: jax.Array,
+    features: jax.Array,
+    lengths: jax.Array,
+    wanted: jax.Array,
 ) -> DrafterBuffer:
-    """Appends rows in order: tokens [B, S], features [B, S, D], lengths [B] (0 is skipped)."""
+    """Appends the wanted ones of B rows in order.
 
-    def body(index: jax.Array, ring: DrafterBuffer) -> DrafterBuffer:
-        return jax.lax.cond(
-            lengths[index] > 0,
-            lambda r: insert(r, tokens[index], features[index], lengths[index]),
-            lambda r: r,
-            ring,
-        )
-
-    return jax.lax.fori_loop(0, lengths.shape[0], body, buffer)
-
-
-def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int) -> Microbatch:
-    """Draws `rows` filled rows with replacement; the buffer must hold something.
-
-    Rows are taken whole: the drafter has seen a sequence from its beginning whenever it drafts,
-    and trained on pieces without one it learns another task and drafts worse.
+    Args:
+      buffer: the ring.
+      tokens: [B, S] int32.
+      features: [B, S, D].
+      lengths: [B] int32, tokens to store of each; at most W.
+      wanted: [B] bool.
     """
-    chosen = jax.random.randint(key, (rows,), 0, jnp.maximum(buffer.filled, 1))
+
+    def more(carry: tuple[DrafterBuffer, jax.Array]) -> jax.Array:
+        return jnp.any(carry[1])
+
+    def body(carry: tuple[DrafterBuffer, jax.Array]) -> tuple[DrafterBuffer, jax.Array]:
+        ring, left = carry
+        row = jnp.argmax(left)
+        return insert(ring, tokens[row], features[row], lengths[row]), left.at[row].set(False)
+
+    return jax.lax.while_loop(more, body, (buffer, wanted))[0]
+
+
+def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> Microbatch:
+    """Draws a part of `tokens` tokens of each of `rows` filled rows, with replacement.
+
+    A row's parts are its consecutive `tokens`-token pieces that hold anything. The row comes along
+    whole: the drafter has seen a sequence from its beginning whenever it drafts, and trained on
+    pieces without one it learns another task and drafts worse. The buffer must hold something.
+    """
+    row_key, part_key = jax.random.split(key)
+    chosen = jax.random.randint(row_key, (rows,), 0, jnp.maximum(buffer.filled, 1))
+    segment_ids = buffer.segment_ids[chosen]
+    used = jnp.sum(segment_ids != INVALID, axis=1)
+    parts = jnp.maximum(-(-used // tokens), 1)
     return Microbatch(
         tokens=buffer.tokens[chosen],
         features=buffer.features[chosen],
-        segment_ids=buffer.segment_ids[chosen],
+        segment_ids=segment_ids,
         positions=buffer.positions[chosen],
+        starts=tokens * jax.random.randint(part_key, (rows,), 0, parts),
     )

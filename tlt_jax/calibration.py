@@ -13,7 +13,6 @@ import numpy as np
 
 from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
-from tlt_jax.chunk import ChunkKind
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import RolloutState
 from tlt_jax.spot_training import DrafterState
@@ -47,13 +46,11 @@ def microbatch_seconds(
     """
     rows = programs.compact(synthetic_rows(programs, target, live=False), 0)
     sampler = programs.sampler(jax.random.key(0), (0,))
-    kind = ChunkKind(programs.strategy(rows.tokens.shape[0] // programs.slices), training=True)
+    kind = programs.kind(rows.tokens.shape[0] // programs.slices, training=True)
     buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))
 
     def timed(microbatches: int) -> float:
-        orders = programs.orders(
-            rounds=microbatches * programs.drafter.rounds_per_microbatch, index=0
-        )
+        orders = programs.orders(rounds=microbatches * kind.block, index=0)
         given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
         jax.block_until_ready(given)
         start = time.monotonic()

@@ -1,31 +1,37 @@
-"""The programs of a rollout, each one SPMD program over the whole mesh.
+"""The chunk program: up to R rounds of every slice as one SPMD program over the whole mesh.
 
-All are `shard_map`s, manual over `slice` and automatic over `tensor`: inside, arrays are those of
-one slice. A slice with live rows runs rounds; rounds that it does not need, because nothing is
-live, it spends on drafter microbatches. So roles are decided on the device, and a slice that falls
-idle in the middle of a chunk trains for the rest of it.
-
-Axes: B rows of all slices, S cache length, W buffer row length.
+It is a `shard_map`, manual over `slice` and automatic over `tensor`: inside, arrays are those of
+one slice. In a chunk with training, rounds come in blocks: while slices with live rows run a block,
+one with none takes a drafter microbatch, which costs about as much. After each block the slices see
+whether anything is live anywhere, so training ends with the tail, in the middle of a chunk too.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import drafter, policy, sharding, spot_training
+from tlt_jax import row_programs, sharding, spot_training
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import DrafterConfig, PolicyConfig
-from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import SLICE
-from tlt_jax.speculation import Models, RolloutState, RoundStats, run_rounds
-from tlt_jax.spot_training import DrafterState
+from tlt_jax.speculation import (
+    Models,
+    RolloutState,
+    RoundStats,
+    Sampler,
+    refresh_draft_cache,
+    run_rounds,
+    zero_stats,
+)
+from tlt_jax.spot_training import DrafterState, GradientSum
 from tlt_jax.types import Strategy
 
 
@@ -34,7 +40,12 @@ class ChunkKind:
     """What a chunk program is compiled for, its array shapes aside."""
 
     strategy: Strategy
-    training: bool  # whether idle slices train and an update follows
+    block: int = 0  # rounds in which an idle slice takes a microbatch; 0: idle slices rest
+
+    @property
+    def training(self) -> bool:
+        """Whether idle slices train and an update follows."""
+        return self.block > 0
 
 
 @struct.dataclass
@@ -59,63 +70,6 @@ class ChunkReport:
 TRAINING_STREAM = 2**31 - 1
 
 
-def state_shardings(mesh: Mesh, *, keep_features: bool) -> RolloutState:
-    """Shardings of the rows in flight: rows over slices, kv heads over the tensor axis.
-
-    A prefix tree: `cache` has one entry for all layers.
-    """
-    rows = sharding.per_slice(mesh)
-    axes = ("rows", "kv_heads", None, None)
-    heads = NamedSharding(mesh, sharding.spec(axes, sharding.ROLLOUT_RULES))
-    held: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(RolloutState)), rows)
-    held["cache"] = heads
-    held["features"] = rows if keep_features else None
-    held["draft_cache"] = heads if keep_features else None
-    return RolloutState(**held)
-
-
-def _slice_program(function: Callable[..., Any], mesh: Mesh, specs: Any, out: Any) -> Any:
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=specs, out_specs=out, axis_names={SLICE}, check_vma=False
-    )
-
-
-def prefill_program(mesh: Mesh, config: PolicyConfig, *, length: int, keep_features: bool) -> Any:
-    """Program `(target, tokens [B, P], lengths [B], limits [B], sequence_ids [B]) -> RolloutState`.
-
-    Prompts are padded on the right; what the padding writes is overwritten by the first rounds.
-    `length` is the cache length; without `keep_features` no drafter can take part.
-    """
-
-    def prefill(target, tokens, lengths, limits, sequence_ids):
-        rows, prompt = tokens.shape
-        cache = policy.empty_cache(config, rows, length)
-        start = jnp.zeros((rows,), jnp.int32)
-        hidden, _, cache = policy.decode(target, config, tokens, cache, start)
-
-        def widen(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
-
-        return RolloutState(
-            tokens=widen(tokens),
-            log_probs=jnp.zeros((rows, length), jnp.float32),
-            cache=cache,
-            features=widen(hidden) if keep_features else None,
-            draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
-            length=lengths,
-            draft_length=jnp.full_like(lengths, -length),
-            limit=limits,
-            live=sequence_ids >= 0,
-            stored=sequence_ids < 0,
-            sequence_ids=sequence_ids,
-        )
-
-    return jax.jit(
-        _slice_program(prefill, mesh, (P(), P(SLICE), P(SLICE), P(SLICE), P(SLICE)), P(SLICE)),
-        out_shardings=state_shardings(mesh, keep_features=keep_features),
-    )
-
-
 def chunk_program(
     mesh: Mesh,
     config: PolicyConfig,
@@ -133,72 +87,150 @@ def chunk_program(
     """
 
     def chunk(target, state, buffer, sampler, orders, rows):
-        with jax.named_scope("rollout"):
-            draft = None if state is None else sharding.cast(state.params, config.dtype)
-            models = Models(target=target, draft=draft)
-            rows, stats = run_rounds(models, config, kind.strategy, sampler, rows, orders.rounds)
+        draft = None if state is None else sharding.cast(state.params, config.dtype)
+        models = Models(target=target, draft=draft)
         version = jnp.int32(0) if state is None else state.version
-        if buffer is not None:
-            own = jax.tree.map(lambda x: x[0], buffer)
-            own, rows = store_finished(own, rows)
-            buffer = jax.tree.map(lambda x: x[None], own)
-        microbatches, loss = jnp.int32(0), jnp.float32(jnp.nan)
-        if kind.training:
-            with jax.named_scope("spot_training"):
-                spare = orders.rounds - stats.rounds
-                key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
-                key = jax.random.fold_in(key, orders.index)
-                state, microbatches, loss = train_in_spare_time(
-                    config, drafter_config, target, state, own, key, spare
-                )
-        report = ChunkReport(
-            stats=stats, microbatches=microbatches, draft_loss=loss, draft_version=version
+        with jax.named_scope("rollout"):
+            rows = refresh_draft_cache(models, config, kind.strategy, rows)
+        work = SliceWork(
+            rows=rows,
+            stats=zero_stats(kind.strategy),
+            buffer=None if buffer is None else jax.tree.map(lambda x: x[0], buffer),
+            total=spot_training.zero_sum(state.params) if kind.training else None,
+            microbatches=jnp.int32(0),
         )
-        return state, buffer, rows, jax.tree.map(lambda x: x[None], report)
+        roll = functools.partial(_roll, models, config, kind.strategy, sampler)
+        loss = jnp.float32(jnp.nan)
+        if kind.training:
+            key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
+            key = jax.random.fold_in(key, orders.index)
+            train = functools.partial(_train, state.params, target, config, drafter_config, key)
+            work = run_blocks(roll, train, kind.block, orders.rounds, work)
+            assert work.total is not None
+            state, loss = _update(drafter_config, state, work.total)
+        else:
+            work = roll(work, orders.rounds)
+        report = ChunkReport(
+            stats=work.stats,
+            microbatches=work.microbatches,
+            draft_loss=loss,
+            draft_version=version,
+        )
+        buffer = None if buffer is None else jax.tree.map(lambda x: x[None], work.buffer)
+        return state, buffer, work.rows, jax.tree.map(lambda x: x[None], report)
 
     split = P(SLICE)
     specs = (P(), P(), split, P(), P(), split)
     by_slice = sharding.per_slice(mesh)
     return jax.jit(
-        _slice_program(chunk, mesh, specs, (P(), split, split, split)),
+        row_programs.slice_program(chunk, mesh, specs, (P(), split, split, split)),
         donate_argnums=(1, 2, 5),
         out_shardings=(
             sharding.replicated(mesh),
             by_slice,
-            state_shardings(mesh, keep_features=keep_features),
+            row_programs.state_shardings(mesh, keep_features=keep_features),
             by_slice,
         ),
     )
 
 
-def train_in_spare_time(
+@struct.dataclass
+class SliceWork:
+    """What a chunk changes on one slice."""
+
+    rows: RolloutState
+    stats: RoundStats
+    buffer: DrafterBuffer | None  # None without training in the run
+    total: GradientSum | None  # None without training in this chunk
+    microbatches: jax.Array  # [] int32, taken
+
+
+def run_blocks(
+    roll: Callable[[SliceWork, jax.Array], SliceWork],
+    train: Callable[[SliceWork, jax.Array, jax.Array], SliceWork],
+    block: int,
+    rounds: jax.Array,
+    work: SliceWork,
+) -> SliceWork:
+    """Blocks of rounds; a slice with nothing live when a block begins trains in it.
+
+    Ends when `rounds` rounds are over or nothing is live on any slice. Only a chunk in which
+    nothing was live to begin with, for training between steps, takes all its blocks.
+
+    Args:
+      roll: `(work, rounds)`, runs until that many rounds have been run, or nothing is live.
+      train: `(work, index of the block, wanted [] bool)`, takes a microbatch if it is wanted.
+      block: rounds of a block.
+      rounds: [] int32; what is left over a whole number of blocks is without training.
+      work: the slice's state.
+    """
+
+    def live_somewhere(work: SliceWork) -> jax.Array:
+        return jax.lax.psum(jnp.any(work.rows.live).astype(jnp.int32), SLICE) > 0
+
+    training_only = ~live_somewhere(work)
+
+    def more(carry: tuple[jax.Array, jax.Array, SliceWork]) -> jax.Array:
+        index, wanted, _ = carry
+        return wanted & (index * block < rounds)
+
+    def body(
+        carry: tuple[jax.Array, jax.Array, SliceWork],
+    ) -> tuple[jax.Array, jax.Array, SliceWork]:
+        index, _, work = carry
+        idle, end = ~jnp.any(work.rows.live), (index + 1) * block
+        work = roll(work, jnp.minimum(end, rounds))
+        work = train(work, index, idle & (end <= rounds))
+        return index + 1, training_only | live_somewhere(work), work
+
+    return jax.lax.while_loop(more, body, (jnp.int32(0), jnp.bool_(True), work))[2]
+
+
+def _roll(
+    models: Models,
+    config: PolicyConfig,
+    strategy: Strategy,
+    sampler: Sampler,
+    work: SliceWork,
+    rounds: jax.Array,
+) -> SliceWork:
+    """Rounds until `rounds` have been run or nothing is live; then stores what ended."""
+    with jax.named_scope("rollout"):
+        rows, stats = run_rounds(models, config, strategy, sampler, work.rows, work.stats, rounds)
+    buffer = work.buffer
+    if buffer is not None:
+        buffer, rows = store_finished(buffer, rows)
+    return dataclasses.replace(work, rows=rows, stats=stats, buffer=buffer)
+
+
+def _train(
+    params: Any,
+    target: Any,
     config: PolicyConfig,
     drafter_config: DrafterConfig,
-    target: Any,
-    state: DrafterState,
-    buffer: DrafterBuffer,
     key: jax.Array,
-    spare_rounds: jax.Array,
-) -> tuple[DrafterState, jax.Array, jax.Array]:
-    """Turns rounds a slice does not run into microbatches, then updates alike on every slice.
+    work: SliceWork,
+    block: jax.Array,
+    wanted: jax.Array,
+) -> SliceWork:
+    """A microbatch from the slice's own buffer, if it is wanted and there is anything in it."""
+    assert work.total is not None and work.buffer is not None, "this chunk does not train"
+    key = jax.random.fold_in(jax.random.fold_in(key, jax.lax.axis_index(SLICE)), block)
+    with jax.named_scope("spot_training"):
+        total, taken = spot_training.add_sample(
+            work.total, params, target, config, drafter_config, work.buffer, key, wanted
+        )
+    return dataclasses.replace(work, total=total, microbatches=work.microbatches + taken)
 
-    Returns:
-      The updated state, microbatches taken by this slice, and the mean loss over all slices.
-    """
-    microbatches = spare_rounds // drafter_config.rounds_per_microbatch
-    own = spot_training.accumulate(
-        state.params,
-        target,
-        config,
-        drafter_config,
-        buffer,
-        jax.random.fold_in(key, jax.lax.axis_index(SLICE)),
-        microbatches,
-    )
-    taken = jnp.where(buffer.filled > 0, microbatches, 0)
-    total = jax.lax.psum(own, SLICE)
-    state = spot_training.apply(spot_training.optimizer(drafter_config), state, total)
-    return state, taken, total.loss / total.weight
+
+def _update(
+    drafter_config: DrafterConfig, state: DrafterState, own: GradientSum
+) -> tuple[DrafterState, jax.Array]:
+    """The same update on every slice, by the mean gradient of all; gives the mean loss too."""
+    with jax.named_scope("spot_training"):
+        total = jax.lax.psum(own, SLICE)
+        state = spot_training.apply(spot_training.optimizer(drafter_config), state, total)
+        return state, total.loss / total.weight
 
 
 def store_finished(buffer: DrafterBuffer, rows: RolloutState) -> tuple[DrafterBuffer, RolloutState]:
@@ -206,62 +238,10 @@ def store_finished(buffer: DrafterBuffer, rows: RolloutState) -> tuple[DrafterBu
 
     The last token's feature was never computed, so length - 1 tokens are stored.
     """
-    features = _present(rows.features)
+    assert rows.features is not None, "rows without features cannot train a drafter"
     ended = ~rows.live & ~rows.stored
-    buffer = jax.lax.cond(
-        jnp.any(ended),
-        lambda b: buffer_lib.insert_many(
-            b, rows.tokens, features, jnp.where(ended, rows.length - 1, 0)
-        ),
-        lambda b: b,
-        buffer,
-    )
+    buffer = buffer_lib.insert_each(buffer, rows.tokens, rows.features, rows.length - 1, ended)
     return buffer, dataclasses.replace(rows, stored=rows.stored | ended)
-
-
-def _present(features: jax.Array | None) -> jax.Array:
-    assert features is not None, "rows without features cannot train a drafter"
-    return features
-
-
-def shrink_program(mesh: Mesh, *, rows: int, keep_features: bool) -> Any:
-    """Program `RolloutState -> RolloutState` that keeps `rows` rows per slice, live ones first."""
-
-    def shrink(state: RolloutState) -> RolloutState:
-        order = jnp.argsort(~state.live, stable=True)[:rows]
-        return jax.tree.map(lambda x: x[order], state)
-
-    return jax.jit(
-        _slice_program(shrink, mesh, (P(SLICE),), P(SLICE)),
-        out_shardings=state_shardings(mesh, keep_features=keep_features),
-    )
-
-
-def grow_program(mesh: Mesh, *, length: int, keep_features: bool) -> Any:
-    """Program `RolloutState -> RolloutState` that lengthens every cache to `length`."""
-
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, length - x.shape[axis])
-        return jnp.pad(x, widths)
-
-    def pad_cache(cache: LayerCache) -> LayerCache:
-        return LayerCache(k=pad(cache.k, 2), v=pad(cache.v, 2))
-
-    def grow(state: RolloutState) -> RolloutState:
-        return dataclasses.replace(
-            state,
-            tokens=pad(state.tokens, 1),
-            log_probs=pad(state.log_probs, 1),
-            cache=tuple(pad_cache(layer) for layer in state.cache),
-            features=None if state.features is None else pad(state.features, 1),
-            draft_cache=None if state.draft_cache is None else pad_cache(state.draft_cache),
-        )
-
-    return jax.jit(
-        _slice_program(grow, mesh, (P(SLICE),), P(SLICE)),
-        out_shardings=state_shardings(mesh, keep_features=keep_features),
-    )
 
 
 def empty_buffers(mesh: Mesh, config: PolicyConfig, drafter_config: DrafterConfig) -> DrafterBuffer:

@@ -87,8 +87,8 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     speculate: bool = True
-    row_buckets: tuple[int, ...] = (16, 8, 4, 2)
-    depths: tuple[int, ...] = (2, 4, 8, 8)
+    row_buckets: tuple[int, ...] = (16, 8, 4, 2, 1)
+    depths: tuple[int, ...] = (4, 4, 4, 4, 4)
     length_buckets: tuple[int, ...] = (144, 512)
     chunk_tokens: int = 72
 
@@ -126,11 +126,12 @@ class RolloutConfig:
 class DrafterConfig:
     """The drafter, its data buffer and its training on idle slices.
 
-    `rounds_per_microbatch` is the price of a microbatch: an idle slice takes one for that many
-    rounds it does not have to run. It is a constant, not a clock reading, so that a run repeated
-    from the same seed gives the same bits. `between_steps_budget` applies with one slice, which
-    is never idle: the share of a step's rounds spent on training after the rollout. A microbatch
-    is `microbatch_rows` packed rows, trained at draft depths 1 .. `train_depth`.
+    A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows, trained at
+    draft depths 1 .. `train_depth`. `rounds_per_microbatch` is its price in each row bucket: an
+    idle slice takes one while the others run that many rounds. These are constants, not clock
+    readings, so that a run repeated from the same seed gives the same bits. `between_steps_budget`
+    applies with one slice, which is never idle: the share of a step's rounds spent on training
+    after the rollout.
     """
 
     ffn_width: int = 256
@@ -142,8 +143,9 @@ class DrafterConfig:
     buffer_rows: int = 16
     row_length: int = 512
     microbatch_rows: int = 1
+    microbatch_tokens: int = 64
     train_depth: int = 1
-    rounds_per_microbatch: int = 4
+    rounds_per_microbatch: tuple[int, ...] = (1, 1, 2, 2, 5)
     between_steps_budget: float = 0.03
 
 

@@ -133,10 +133,12 @@ def packed_steps(
     embedded: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    starts: jax.Array,
     *,
+    count: int,
     steps: int,
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """What the drafter gives at draft depth 1 .. `steps`, for every place of packed rows at once.
+    """What the drafter gives at draft depth 1 .. `steps`, at `count` places of packed rows at once.
 
     At depth 1 pair t has the target's feature h[t]. At depth j + 1 it has the drafter's own
     estimate of h[t], made at depth j, and sees the pairs that inference would show it: true ones up
@@ -147,6 +149,9 @@ def packed_steps(
         depth 2    t0 t1 t2 [a3]              a = from estimates of depth 1
         depth 3    t0 t1 a2 [b3]              b = from estimates of depth 2
 
+    All true pairs of a row give keys and values; whatever is wider is computed for the places
+    `starts .. starts + count - 1` alone, so a part of a row is trained with all that it sees.
+
     Args:
       params: drafter parameters.
       config: the policy's shape.
@@ -154,34 +159,44 @@ def packed_steps(
       embedded: target embeddings of x[t + 1], [B, T, D].
       positions: [B, T] int32.
       segment_ids: [B, T] int32.
+      starts: first place in each row, [B] int32.
+      count: places per row; `starts + count` must not pass T.
       steps: how many depths.
 
     Returns:
-      Per depth the estimates ~h[t + 1], [B, T, D], and where they exist, [B, T] bool: the pairs of
-      a draft lie in one segment.
+      Per depth the estimates ~h[t + 1], [B, count, D], and where they exist, [B, count] bool: the
+      pairs of a draft lie in one segment, and among the places.
     """
-    mask = attention.packed_mask(segment_ids)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return kv_cache.take_rows(x, starts, count)
+
+    inputs = _fuse(params, config, features, embedded)
     rotation = policy.rotation_of(config, positions)
-    place = jnp.arange(segment_ids.shape[1])
-    made: list[tuple[jax.Array, jax.Array]] = []  # keys and values of each depth
+    keys, values = policy.keys_and_values(params["layer"], config, inputs, rotation)
+    mask = cut(attention.packed_mask(segment_ids))  # [B, count, T]
+    place = starts[:, None] + jnp.arange(count)
+    rotation = policy.rotation_of(config, cut(positions))
+    x, embedded, segments = cut(inputs), cut(embedded), cut(segment_ids)
+    own: list[tuple[jax.Array, jax.Array]] = []  # keys and values of each depth beyond the first
     results: list[tuple[jax.Array, jax.Array]] = []
     for back in range(steps):
-        exists = (_shift(segment_ids, back) == segment_ids) & (place >= back)[None]
-        visible = mask & (place[None, :] <= place[:, None] - back)[None]
+        exists = (_shift(segments, back) == segments) & (jnp.arange(count) >= back)
+        visible = mask & (jnp.arange(segment_ids.shape[1]) <= place[..., None] - back)
 
         def attend(q, k, v, back=back, visible=visible):
-            made.append((k, v))
-            own = [
-                (_shift(made[depth][0], back - depth), _shift(made[depth][1], back - depth))
-                for depth in range(1, back + 1)
+            if back > 0:
+                own.append((k, v))
+            moved = [
+                (_shift(k, back - depth), _shift(v, back - depth))
+                for depth, (k, v) in enumerate(own, start=1)
             ]
-            return attention.packed(q, *made[0], visible, own=own)
+            return attention.packed(q, keys, values, visible, own=moved)
 
-        x = _fuse(params, config, features, embedded)
         x = policy.layer(params["layer"], config, x, rotation, attend)
         estimates = policy.rms_norm(x, params["norm"], config.norm_eps)
         results.append((estimates, exists))
-        features = _shift(estimates, 1)
+        x = _fuse(params, config, _shift(estimates, 1), embedded)
     return tuple(results)
 
 

@@ -97,19 +97,9 @@ def layer(
     """
     batch, count, _ = x.shape
     with jax.named_scope("attention"):
-        normed = rms_norm(x, params["attention_norm"], config.norm_eps)
-        qkv = normed @ params["qkv"].reshape(config.width, -1)
-        qkv = qkv.reshape(batch, count, *params["qkv"].shape[1:])  # [B, T, K, G + 2, H]
-        if config.qkv_bias:
-            qkv = qkv + params["qkv_bias"][None, None]
-        # Queries and the key of a kv head are normed and rotated as one array: fewer, larger ops.
-        queries_and_key, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
-        if config.qk_norm:
-            gains = [params["q_norm"]] * config.group + [params["k_norm"]]
-            queries_and_key = rms_norm(queries_and_key, jnp.stack(gains), config.norm_eps)
-        rotated = rope.rotate(queries_and_key, *rotation)
-        q = rotated[:, :, :, :-1].reshape(batch, count, config.num_heads, config.head_size)
-        mixed = attend(q, rotated[:, :, :, -1], v)
+        q, k, v = _project(params, config, x, rotation, config.group)
+        q = q.reshape(batch, count, config.num_heads, config.head_size)
+        mixed = attend(q, k, v)
         # Two-dimensional matmuls on purpose: from an einsum XLA:CPU permutes weights every token.
         x = x + mixed.reshape(batch, count, -1) @ params["out"].reshape(-1, config.width)
     with jax.named_scope("ffn"):
@@ -119,6 +109,45 @@ def layer(
         )
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return x + hidden @ params["down"]
+
+
+def _project(
+    params: dict[str, jax.Array],
+    config: PolicyConfig,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, K, group, H], keys and values [B, T, K, H] of the residual stream [B, T, D].
+
+    Of each kv head's query heads the last `group` are made.
+    """
+    first = config.group - group
+    normed = rms_norm(x, params["attention_norm"], config.norm_eps)
+    weights = params["qkv"][:, :, first:]
+    qkv = normed @ weights.reshape(config.width, -1)
+    qkv = qkv.reshape(*x.shape[:2], *weights.shape[1:])  # [B, T, K, group + 2, H]
+    if config.qkv_bias:
+        qkv = qkv + params["qkv_bias"][None, None, :, first:]
+    # Queries and the key of a kv head are normed and rotated as one array: fewer, larger ops.
+    queries_and_key, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+    if config.qk_norm:
+        gains = [params["q_norm"]] * group + [params["k_norm"]]
+        queries_and_key = rms_norm(queries_and_key, jnp.stack(gains), config.norm_eps)
+    rotated = rope.rotate(queries_and_key, *rotation)
+    return rotated[:, :, :, :-1], rotated[:, :, :, -1], v
+
+
+def keys_and_values(
+    params: dict[str, jax.Array],
+    config: PolicyConfig,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values [B, T, K, H] of one layer alone; `layer` gives the same to `attend`."""
+    with jax.named_scope("attention"):
+        _, k, v = _project(params, config, x, rotation, 0)
+        return k, v
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

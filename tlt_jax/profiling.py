@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from tlt_jax.calibration import synthetic_rows
-from tlt_jax.chunk import ChunkKind
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.spot_training import DrafterState
 
@@ -114,7 +113,7 @@ def round_profile(
     rows, found = synthetic_rows(programs, target, live=True), []
     for bucket in programs.buckets:
         rows = programs.compact(rows, bucket)
-        kind = ChunkKind(programs.strategy(bucket), training=False)
+        kind = programs.kind(bucket, training=False)
         room = config.length_buckets[0] - config.max_prompt_length - config.slack
         rounds = min(config.chunk_tokens, room) // kind.strategy.verify_tokens
         orders = programs.orders(rounds=rounds, index=0)

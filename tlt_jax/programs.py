@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tlt_jax import chunk, sampling, sharding
+from tlt_jax import chunk, row_programs, sampling, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
@@ -64,6 +64,12 @@ class RolloutPrograms:
         """Strategy of the bucket of `rows` rows per slice."""
         return self.rollout.strategy(rows) if self.drafting else Strategy(0)
 
+    def kind(self, rows: int, *, training: bool) -> ChunkKind:
+        """Kind of chunk in the bucket of `rows` rows per slice."""
+        bucket = self.rollout.row_buckets.index(rows)
+        block = self.drafter.rounds_per_microbatch[bucket] if training else 0
+        return ChunkKind(self.strategy(rows), block)
+
     def sampler(self, key: jax.Array, stop_tokens: tuple[int, ...]) -> Sampler:
         """A step's sampler: key, temperature, filters and stop tokens as device data."""
         config = self.rollout
@@ -83,7 +89,7 @@ class RolloutPrograms:
         return ChunkOrders(rounds=placed[0], index=placed[1])
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
-        """Rows of a new batch; see `chunk.prefill_program` for the arguments."""
+        """Rows of a new batch; see `row_programs.prefill_program` for the arguments."""
         return self._prefill(target, batch)(target, *batch)
 
     def chunk(
@@ -152,7 +158,7 @@ class RolloutPrograms:
 
     def _kinds(self, rows: int) -> list[ChunkKind]:
         trainings = (False, True) if self.training else (False,)
-        return [ChunkKind(self.strategy(rows), training=training) for training in trainings]
+        return [self.kind(rows, training=training) for training in trainings]
 
     def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Any:
         length = self.rollout.length_buckets[0]
@@ -163,7 +169,7 @@ class RolloutPrograms:
         )
 
     def _prefill_jit(self, length: int) -> Any:
-        return chunk.prefill_program(
+        return row_programs.prefill_program(
             self.mesh, self.policy, length=length, keep_features=self.drafting
         )
 
@@ -180,7 +186,9 @@ class RolloutPrograms:
     def _shrink(self, rows: Any, bucket: int) -> Any:
         return self.pool.get(
             ("shrink", rows.tokens.shape, bucket),
-            lambda: chunk.shrink_program(self.mesh, rows=bucket, keep_features=self.drafting),
+            lambda: row_programs.shrink_program(
+                self.mesh, rows=bucket, keep_features=self.drafting
+            ),
             (rows,),
         )
 
@@ -188,7 +196,9 @@ class RolloutPrograms:
         longer = next(b for b in self.rollout.length_buckets if b > rows.tokens.shape[1])
         return self.pool.get(
             ("grow", rows.tokens.shape, longer),
-            lambda: chunk.grow_program(self.mesh, length=longer, keep_features=self.drafting),
+            lambda: row_programs.grow_program(
+                self.mesh, length=longer, keep_features=self.drafting
+            ),
             (rows,),
         )
 
@@ -204,7 +214,7 @@ class RolloutPrograms:
 
     def _state_shapes(self, target: Any, rows: int, length: int) -> Any:
         shapes = jax.eval_shape(self._prefill_jit(length), target, *self._batch_shapes(rows))
-        shardings = chunk.state_shardings(self.mesh, keep_features=self.drafting)
+        shardings = row_programs.state_shardings(self.mesh, keep_features=self.drafting)
         return jax.tree.map(
             lambda held, inner: jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held), inner

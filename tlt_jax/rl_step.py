@@ -34,7 +34,7 @@ class RunState:
     rollout_params: Any  # the policy's current parameters, rollout layout
     drafter: DrafterState | None
     buffer: DrafterBuffer | None
-    idle_credit: int = 0
+    idle_credit: float = 0.0
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds besides plain numbers; rollout parameters are derived."""

@@ -72,7 +72,7 @@ class RolloutResult:
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
     chunks: list[ChunkRecord]
-    idle_credit: int  # percent rounds saved up for training between steps
+    idle_credit: float  # microbatches saved up for training between steps
 
 
 @dataclasses.dataclass
@@ -90,6 +90,10 @@ class _Flight:
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
 
+    def bucket(self, programs: RolloutPrograms) -> int:
+        """Rows per slice."""
+        return self.rows.tokens.shape[0] // programs.slices
+
     def live_by_slice(self, slices: int) -> np.ndarray:
         return self.live.reshape(slices, -1).sum(axis=1)
 
@@ -103,7 +107,7 @@ def run(
     key: jax.Array,
     *,
     stop_tokens: tuple[int, ...],
-    idle_credit: int = 0,
+    idle_credit: float = 0.0,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
     """Generates one response per prompt.
@@ -116,7 +120,7 @@ def run(
       prompts: token ids of each sequence, [length] int32 each.
       key: the step's key; with the same key, weights and prompts come the same tokens.
       stop_tokens: any of these ends a response.
-      idle_credit: percent rounds saved up for training between steps (one slice only).
+      idle_credit: microbatches saved up for training between steps (one slice only).
       on_finished: called on this thread for each response as soon as it ended.
 
     Raises:
@@ -178,14 +182,13 @@ def _lay_out(
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     """Decides on and runs one chunk; returns the responses that ended in it.
 
-    Where a slice is nearly idle, the program with the training branch runs already, so that it
-    trains for the rest of the chunk in which it falls idle.
+    Where a slice is nearly idle, the program with training runs already, so that it trains in the
+    very chunk in which it falls idle.
     """
     _fit(programs, flight)
     fewest = flight.live_by_slice(programs.slices).min()
     nearly_idle = programs.slices > 1 and fewest <= NEARLY_IDLE_ROWS
-    strategy = programs.strategy(flight.rows.tokens.shape[0] // programs.slices)
-    kind = ChunkKind(strategy, training=bool(programs.training and nearly_idle))
+    kind = programs.kind(flight.bucket(programs), training=bool(programs.training and nearly_idle))
     was_live = flight.live
     report = _launch(programs, flight, kind, _room(programs, flight))
     flight.chunks.append(report)
@@ -207,8 +210,8 @@ def _room(programs: RolloutPrograms, flight: _Flight) -> int:
 
     A round writes up to `slack` positions beyond a row's length, for rows that ended as well.
     """
-    count, length = flight.rows.tokens.shape
-    strategy = programs.strategy(count // programs.slices)
+    length = flight.rows.tokens.shape[1]
+    strategy = programs.strategy(flight.bucket(programs))
     wanted = programs.rollout.rounds(strategy)
     if length == programs.rollout.length_buckets[-1]:
         return wanted
@@ -235,14 +238,13 @@ def _launch(
     )
     told, flight.live, lengths = sharding.to_host((report, flight.rows.live, flight.rows.length))
     flight.longest = int(lengths.max())
-    count, length = flight.rows.tokens.shape
     return ChunkRecord(
         chunk=index,
         start=start - flight.began,
         seconds=time.monotonic() - start,
         strategy=str(kind.strategy),
-        rows=count // programs.slices,
-        length=length,
+        rows=flight.bucket(programs),
+        length=flight.rows.tokens.shape[1],
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
@@ -284,18 +286,20 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
     ]
 
 
-def _train_between_steps(programs: RolloutPrograms, flight: _Flight, credit: int) -> int:
+def _train_between_steps(programs: RolloutPrograms, flight: _Flight, credit: float) -> float:
     """One slice is never idle: it trains after the rollout, for a share of its rounds.
 
-    The chunk program serves here too: all rows have ended, so every round is a spare one. Rounds
-    that do not buy a whole microbatch are saved up; returns what is left, in percent rounds.
+    The chunk program serves here too: all rows have ended, so every block is a microbatch. What
+    does not buy a whole one is saved up; returns what is left.
     """
-    share = round(100 * programs.drafter.between_steps_budget)
-    credit += share * sum(record.rounds_run[0] for record in flight.chunks)
-    microbatches = credit // (100 * programs.drafter.rounds_per_microbatch)
+    share = programs.drafter.between_steps_budget
+    credit += share * sum(
+        record.rounds_run[0] / programs.kind(record.rows, training=True).block
+        for record in flight.chunks
+    )
+    microbatches = math.floor(credit)
     if microbatches == 0:
         return credit
-    rounds = microbatches * programs.drafter.rounds_per_microbatch
-    strategy = programs.strategy(flight.rows.tokens.shape[0])
-    flight.chunks.append(_launch(programs, flight, ChunkKind(strategy, training=True), rounds))
-    return credit - 100 * rounds
+    kind = programs.kind(flight.bucket(programs), training=True)
+    flight.chunks.append(_launch(programs, flight, kind, microbatches * kind.block))
+    return credit - microbatches

@@ -82,15 +82,6 @@ def zero_stats(strategy: Strategy) -> RoundStats:
     )
 
 
-def _window(whole: jax.Array, starts: jax.Array, count: int) -> jax.Array:
-    """`count` entries per row of [B, S, ...] from `starts` [B] on."""
-
-    def take(row: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(row, start, count, axis=0)
-
-    return jax.vmap(take)(whole, starts)
-
-
 def _put(whole: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Writes [B, count, ...] into [B, S, ...] at `starts` [B]."""
 
@@ -158,8 +149,8 @@ def draft_chain(
     estimates, cache = drafter.decode(
         models.draft,
         config,
-        _window(features, start, depth + 1),
-        policy.embed(models.target, _window(state.tokens, start + 1, depth + 1)),
+        kv_cache.take_rows(features, start, depth + 1),
+        policy.embed(models.target, kv_cache.take_rows(state.tokens, start + 1, depth + 1)),
         cache,
         start,
     )
@@ -222,7 +213,7 @@ def run_round(
             vocab_size=config.vocab_size,
         )
     pending = state.length - 1
-    query = _window(state.tokens, pending, 1)
+    query = kv_cache.take_rows(state.tokens, pending, 1)
     drafts = jnp.zeros((query.shape[0], 0), jnp.int32)
     if not strategy.is_plain:
         with jax.named_scope("draft"):
@@ -280,9 +271,13 @@ def run_rounds(
     strategy: Strategy,
     sampler: Sampler,
     state: RolloutState,
+    stats: RoundStats,
     rounds: jax.Array,
 ) -> tuple[RolloutState, RoundStats]:
-    """Up to `rounds` ([] int32) rounds; stops when no row of the slice is live."""
+    """Rounds until `stats` counts `rounds` ([] int32) of them or no row of the slice is live.
+
+    The drafter's cache must not lag: see `refresh_draft_cache`.
+    """
 
     def more(carry: tuple[RolloutState, RoundStats]) -> jax.Array:
         state, stats = carry
@@ -291,5 +286,4 @@ def run_rounds(
     def body(carry: tuple[RolloutState, RoundStats]) -> tuple[RolloutState, RoundStats]:
         return run_round(models, config, strategy, sampler, *carry)
 
-    state = refresh_draft_cache(models, config, strategy, state)
-    return jax.lax.while_loop(more, body, (state, zero_stats(strategy)))
+    return jax.lax.while_loop(more, body, (state, stats))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tlt_jax import drafter, losses, policy, sharding
+from tlt_jax import drafter, kv_cache, losses, policy, sharding
 from tlt_jax.buffer import DrafterBuffer, Microbatch, sample
 from tlt_jax.config import DrafterConfig, PolicyConfig
 
@@ -64,8 +64,9 @@ def loss_sum(
     """EAGLE objective (arXiv 2401.15077, section 3.2), summed over pairs and draft depths.
 
     Smooth-L1 between estimated and true feature plus cross-entropy against the target's own
-    distribution, both at h[t + 1], at each of the draft depths 1 .. `config.train_depth`. No
-    gradient reaches the target's embedding and head. Returns the sum and how many terms it has.
+    distribution, both at h[t + 1], at each of the draft depths 1 .. `config.train_depth`, over
+    `config.microbatch_tokens` tokens of each row. No gradient reaches the target's embedding and
+    head. Returns the sum and how many terms it has.
     """
     target_params = jax.lax.stop_gradient(target_params)
     params = sharding.cast(params, policy_config.dtype)
@@ -77,13 +78,18 @@ def loss_sum(
         policy.embed(target_params, pairs.next_tokens),
         microbatch.positions,
         microbatch.segment_ids,
+        microbatch.starts,
+        count=config.microbatch_tokens,
         steps=config.train_depth,
     )
-    target_logits = policy.logits(target_params, pairs.target_features)
+    starts, tokens = microbatch.starts, config.microbatch_tokens
+    targets = kv_cache.take_rows(pairs.target_features, starts, tokens)
+    counted = kv_cache.take_rows(pairs.weights, starts, tokens)
+    target_logits = policy.logits(target_params, targets)
     loss, count = jnp.float32(0), jnp.float32(0)
     for estimates, exists in depths:
-        weights = pairs.weights * exists
-        regression = losses.smooth_l1(estimates, pairs.target_features)
+        weights = counted * exists
+        regression = losses.smooth_l1(estimates, targets)
         agreement = losses.soft_cross_entropy(
             policy.logits(target_params, estimates), target_logits
         )
@@ -119,27 +125,28 @@ def add_microbatch(
     )
 
 
-def accumulate(
+def add_sample(
+    total: GradientSum,
     params: Any,
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
     buffer: DrafterBuffer,
     key: jax.Array,
-    microbatches: jax.Array,
-) -> GradientSum:
-    """Gradient sum of `microbatches` ([] int32, data) random microbatches of one slice's buffer.
+    wanted: jax.Array,
+) -> tuple[GradientSum, jax.Array]:
+    """Adds a random microbatch of one slice's buffer if it is wanted ([] bool) and there is one.
 
-    An empty buffer takes none, so that the sum stays zero.
+    Returns the sum and how many microbatches were added, [] int32.
     """
-    count = jnp.where(buffer.filled > 0, microbatches, 0)
+    wanted = wanted & (buffer.filled > 0)
 
-    def body(index: jax.Array, total: GradientSum) -> GradientSum:
-        draw_key = jax.random.fold_in(key, index)
-        microbatch = sample(buffer, draw_key, rows=config.microbatch_rows)
+    def add(total: GradientSum) -> GradientSum:
+        rows, tokens = config.microbatch_rows, config.microbatch_tokens
+        microbatch = sample(buffer, key, rows=rows, tokens=tokens)
         return add_microbatch(total, params, target_params, policy_config, config, microbatch)
 
-    return jax.lax.fori_loop(0, count, body, zero_sum(params))
+    return jax.lax.cond(wanted, add, lambda total: total, total), wanted.astype(jnp.int32)
 
 
 def apply(

@@ -139,8 +139,26 @@ def _validate_training(config: RunConfig) -> None:
         learner.decay in ("constant", "cosine", "linear"),
         f"config.learner.decay is '{learner.decay}'; use 'constant', 'cosine' or 'linear'.",
     )
-    at_least_one = ("rounds_per_microbatch", "buffer_rows", "microbatch_rows", "train_depth")
-    for name in (*at_least_one, "ffn_width"):
+    prices, buckets = drafter.rounds_per_microbatch, config.rollout.row_buckets
+    _require(
+        len(prices) == len(buckets) and min(prices) >= 1,
+        f"config.drafter.rounds_per_microbatch is {prices}; it must hold 1 or more for each of the "
+        f"{len(buckets)} row buckets.",
+    )
+    for rows, price in zip(buckets, prices, strict=True):
+        rounds = config.rollout.rounds(config.rollout.strategy(rows))
+        _require(
+            not drafter.train or config.mesh.slices == 1 or price <= rounds,
+            f"config.drafter.rounds_per_microbatch is {price} for {rows} rows, but a chunk of "
+            f"config.rollout.chunk_tokens={config.rollout.chunk_tokens} has {rounds} rounds: no "
+            "idle slice would ever train.",
+        )
+    _require(
+        drafter.microbatch_tokens >= 1 and drafter.row_length % drafter.microbatch_tokens == 0,
+        f"config.drafter.microbatch_tokens is {drafter.microbatch_tokens}; it must be a divisor of "
+        f"config.drafter.row_length={drafter.row_length}.",
+    )
+    for name in ("buffer_rows", "microbatch_rows", "train_depth", "ffn_width"):
         value = getattr(drafter, name)
         _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
     _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")

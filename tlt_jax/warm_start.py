@@ -8,6 +8,7 @@ learns the policy's features on the same rows. Both go on from `config.warm_star
 `drafter.safetensors` and `warm_start.json` into the workdir.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -83,13 +84,15 @@ def drafter_step(
         features=features,
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
+        starts=jnp.zeros(batch["tokens"].shape[:1], jnp.int32),
     )
+    whole_rows = dataclasses.replace(config.drafter, microbatch_tokens=batch["tokens"].shape[1])
     total = spot_training.add_microbatch(
         spot_training.zero_sum(state.params),
         state.params,
         target_params,
         config.policy,
-        config.drafter,
+        whole_rows,
         microbatch,
     )
     state = spot_training.apply(drafter_optimizer(config), state, total)

@@ -1,0 +1,120 @@
+"""Programs that make, shrink and lengthen the rows in flight between chunks.
+
+Each is one SPMD program over the whole mesh: a `shard_map`, manual over `slice` and automatic over
+`tensor`; inside, arrays are those of one slice.
+
+Axes: B rows of all slices, S cache length, P padded prompt length.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tlt_jax import drafter, policy, sharding
+from tlt_jax.config import PolicyConfig
+from tlt_jax.kv_cache import LayerCache
+from tlt_jax.sharding import SLICE
+from tlt_jax.speculation import RolloutState
+
+
+def state_shardings(mesh: Mesh, *, keep_features: bool) -> RolloutState:
+    """Shardings of the rows in flight: rows over slices, kv heads over the tensor axis.
+
+    A prefix tree: `cache` has one entry for all layers.
+    """
+    rows = sharding.per_slice(mesh)
+    axes = ("rows", "kv_heads", None, None)
+    heads = NamedSharding(mesh, sharding.spec(axes, sharding.ROLLOUT_RULES))
+    held: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(RolloutState)), rows)
+    held["cache"] = heads
+    held["features"] = rows if keep_features else None
+    held["draft_cache"] = heads if keep_features else None
+    return RolloutState(**held)
+
+
+def slice_program(function: Callable[..., Any], mesh: Mesh, specs: Any, out: Any) -> Any:
+    """`function` of one slice's arrays as a function of all slices'."""
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=out, axis_names={SLICE}, check_vma=False
+    )
+
+
+def prefill_program(mesh: Mesh, config: PolicyConfig, *, length: int, keep_features: bool) -> Any:
+    """Program `(target, tokens [B, P], lengths [B], limits [B], sequence_ids [B]) -> RolloutState`.
+
+    Prompts are padded on the right; what the padding writes is overwritten by the first rounds.
+    `length` is the cache length; without `keep_features` no drafter can take part.
+    """
+
+    def prefill(target, tokens, lengths, limits, sequence_ids):
+        rows, prompt = tokens.shape
+        cache = policy.empty_cache(config, rows, length)
+        start = jnp.zeros((rows,), jnp.int32)
+        hidden, _, cache = policy.decode(target, config, tokens, cache, start)
+
+        def widen(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
+
+        return RolloutState(
+            tokens=widen(tokens),
+            log_probs=jnp.zeros((rows, length), jnp.float32),
+            cache=cache,
+            features=widen(hidden) if keep_features else None,
+            draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
+            length=lengths,
+            draft_length=jnp.full_like(lengths, -length),
+            limit=limits,
+            live=sequence_ids >= 0,
+            stored=sequence_ids < 0,
+            sequence_ids=sequence_ids,
+        )
+
+    return jax.jit(
+        slice_program(prefill, mesh, (P(), P(SLICE), P(SLICE), P(SLICE), P(SLICE)), P(SLICE)),
+        out_shardings=state_shardings(mesh, keep_features=keep_features),
+    )
+
+
+def shrink_program(mesh: Mesh, *, rows: int, keep_features: bool) -> Any:
+    """Program `RolloutState -> RolloutState` that keeps `rows` rows per slice, live ones first."""
+
+    def shrink(state: RolloutState) -> RolloutState:
+        order = jnp.argsort(~state.live, stable=True)[:rows]
+        return jax.tree.map(lambda x: x[order], state)
+
+    return jax.jit(
+        slice_program(shrink, mesh, (P(SLICE),), P(SLICE)),
+        out_shardings=state_shardings(mesh, keep_features=keep_features),
+    )
+
+
+def grow_program(mesh: Mesh, *, length: int, keep_features: bool) -> Any:
+    """Program `RolloutState -> RolloutState` that lengthens every cache to `length`."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, length - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    def pad_cache(cache: LayerCache) -> LayerCache:
+        return LayerCache(k=pad(cache.k, 2), v=pad(cache.v, 2))
+
+    def grow(state: RolloutState) -> RolloutState:
+        return dataclasses.replace(
+            state,
+            tokens=pad(state.tokens, 1),
+            log_probs=pad(state.log_probs, 1),
+            cache=tuple(pad_cache(layer) for layer in state.cache),
+            features=None if state.features is None else pad(state.features, 1),
+            draft_cache=None if state.draft_cache is None else pad_cache(state.draft_cache),
+        )
+
+    return jax.jit(
+        slice_program(grow, mesh, (P(SLICE),), P(SLICE)),
+        out_shardings=state_shardings(mesh, keep_features=keep_features),
+    )
