@@ -30,6 +30,10 @@ def test_a_program_is_built_once_per_key():
         program = pool.get(("add", number), lambda n=number: build(n), (x,))
         np.testing.assert_array_equal(program(x), np.full(3, number))
     assert built == [1, 2] and pool.compiled == len(pool) == 2
+    pool.clear()
+    assert len(pool) == 0
+    pool.get(("add", 1), lambda: build(1), (x,))
+    assert built == [1, 2, 1] and pool.compiled == 3
 
 
 def test_a_program_is_compiled_for_shapes_alone():

@@ -146,14 +146,18 @@ def make_runner(
     """
     rows = -(-mode.rollout.num_sequences // mode.slices)
     widest = mode.rollout
+    drafter_config = dataclasses.replace(config.drafter, learning_rate=0.0)
     if rows > widest.row_buckets[0]:
         widest = dataclasses.replace(
             widest,
             row_buckets=(rows, *widest.row_buckets),
             depths=(widest.depths[0], *widest.depths),
         )
+        prices = drafter_config.rounds_per_microbatch
+        drafter_config = dataclasses.replace(
+            drafter_config, rounds_per_microbatch=(prices[0], *prices)
+        )
     mesh_config = MeshConfig(slices=mode.slices, tensor=config.mesh.tensor)
-    drafter_config = dataclasses.replace(config.drafter, learning_rate=0.0)
     config = dataclasses.replace(config, mesh=mesh_config, rollout=widest, drafter=drafter_config)
     mesh = sharding.make_mesh(mesh_config)
     programs = RolloutPrograms(
@@ -248,9 +252,9 @@ def compare(
     """Runs all modes on batches of `batch` sequences and gathers their rows.
 
     Batches are drawn until plain decoding, the first runner, has made `min_tokens` tokens.
+    Programs that only untimed modes use are dropped as soon as their tokens have been compared.
     """
-    for runner in runners:
-        runner.programs.warm_up(runner.target, *runner.beginning())
+    runners[0].programs.warm_up(runners[0].target, *runners[0].beginning())
     batches: list[tuple[list[np.ndarray], jax.Array]] = []
     expected: list[list[Response]] = []
     tokens = 0
@@ -261,11 +265,15 @@ def compare(
         runners[0].chunks += result.chunks
         expected.append(result.responses)
         tokens += sum(len(r.response) for r in result.responses)
+    timed = [runner for runner in runners if runner.mode.timed]
+    kept = [runner.programs.pool for runner in timed]
     parted: dict[str, list[comparison.Parting]] = {runners[0].mode.name: []}
     for runner in runners[1:]:
+        runner.programs.warm_up(runner.target, *runner.beginning())
         parted[runner.mode.name] = check_mode(config, runner, batches, expected)
         print(f"  {runner.mode.name}: {len(parted[runner.mode.name])} mismatches", flush=True)
-    timed = [runner for runner in runners if runner.mode.timed]
+        if not any(runner.programs.pool is pool for pool in kept):
+            runner.programs.pool.clear()
     for repeat in range(config.benchmark.repeats):
         first = repeat % len(timed)
         totals = dict.fromkeys(range(len(timed)), 0.0)

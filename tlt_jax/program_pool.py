@@ -42,5 +42,10 @@ class ProgramPool:
             for done in [threads.submit(job) for job in jobs]:
                 done.result()
 
+    def clear(self) -> None:
+        """Forgets all programs; a process on CPU may hold only so many."""
+        with self._lock:
+            self._programs.clear()
+
     def __len__(self) -> int:
         return len(self._programs)
