@@ -1,6 +1,7 @@
 """Both attentions: a naive loop, then packed rows, then the cache step by step."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,25 @@ def test_bfloat16_keeps_its_dtype():
     assert found.dtype == jnp.bfloat16
     # Inputs agree exactly; scores, weights and output are rounded to 2^-9 of values below 4.
     np.testing.assert_allclose(np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_loop_that_carries_caches_copies_none_of_them(rows):
+    """XLA:CPU did for a single row: 0.7 ms of a round of 1.1."""
+
+    def step(place, carry):
+        layers, x = carry
+        written, lengths = [], jnp.full((rows,), place, jnp.int32)
+        for layer in layers:
+            mixed, layer = attention.cached(
+                x, x[:, :, :1], x[:, :, :1], layer, lengths, backend="reference"
+            )
+            written.append(layer)
+            x = x + mixed
+        return tuple(written), x
+
+    loop = jax.jit(lambda layers, x: jax.lax.fori_loop(0, 9, step, (layers, x)), donate_argnums=0)
+    layers = tuple(kv_cache.empty(rows, 1, 512, 32, jnp.dtype("float32")) for _ in range(2))
+    text = loop.lower(layers, jnp.ones((rows, 1, 2, 32))).compile().as_text()
+    assert f"f32[{rows},1,512,32]" in text
+    assert not re.findall(rf"= f32\[{rows},1,512,32\]\S* copy\(", text)
