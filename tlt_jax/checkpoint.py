@@ -8,6 +8,7 @@ keys and the data position follow from seed and step.
 import json
 import logging
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -16,6 +17,20 @@ import orbax.checkpoint as ocp
 from tlt_jax.config import CheckpointConfig
 from tlt_jax.program_pool import abstract
 from tlt_jax.types import UserError
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a checksum: in JSON a flipped bit is as good a number as any."""
+    content = json.dumps(record)
+    return {"content": content, "crc32": zlib.crc32(content.encode())}
+
+
+def _opened(sealed: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `_sealed`; raises ValueError or KeyError if it is damaged."""
+    if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
+        raise ValueError("the record does not match its checksum")
+    record: dict[str, Any] = json.loads(sealed["content"])
+    return record
 
 
 class Checkpoints:
@@ -40,7 +55,7 @@ class Checkpoints:
         self._manager.save(
             steps_done,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+                arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(_sealed(record))
             ),
         )
 
@@ -58,6 +73,7 @@ class Checkpoints:
                     record=ocp.args.JsonRestore(),
                 ),
             )
+            record = _opened(restored.record)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
             raise UserError(
@@ -72,7 +88,7 @@ class Checkpoints:
                 "--workdir."
             )
         # A copy: donated buffers must belong to XLA, and restored ones may belong to the reader.
-        return jax.tree.map(lambda x: x.copy(), restored.arrays), restored.record
+        return jax.tree.map(lambda x: x.copy(), restored.arrays), record
 
     def close(self) -> None:
         """Waits until everything is on disk."""
