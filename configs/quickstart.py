@@ -65,8 +65,8 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.num_steps = 4
     config.policy.update(num_layers=2, width=32, num_heads=2, head_size=16, ffn_width=64)
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
-    config.rollout.update(row_buckets=(4, 1), depths=(2, 4), length_buckets=(64, 96))
-    config.rollout.chunk_tokens = 48
+    config.rollout.update(row_buckets=(4, 1), strategies=("chain-2", "chain-4"))
+    config.rollout.update(length_buckets=(64, 96), chunk_tokens=48)
     config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4)
     config.drafter.update(microbatch_tokens=48, rounds_per_microbatch=(4, 8))
     config.learner.row_length = 96
@@ -76,6 +76,6 @@ def _shrink(config: config_dict.ConfigDict) -> None:
 def _put_on_one_device(config: config_dict.ConfigDict) -> None:
     config.mesh.slices = 1
     config.rollout.row_buckets = (32, 8, 2)
-    config.rollout.depths = (8, 8, 8)
+    config.rollout.strategies = ("chain-8",) * 3
     config.drafter.rounds_per_microbatch = (4, 6, 8)
     config.benchmark.other_slices = ()

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.verify_attention import verify_attention
 from tlt_jax import attention, kv_cache
-from tlt_jax.types import INVALID
+from tlt_jax.types import INVALID, UserError
 
 B, T, N, K, H = 2, 9, 4, 2, 4
 SEGMENTS = np.array([[0, 0, 0, 0, 0, 0, 0, 0, 0], [3, 3, 3, 7, 7, 7, 7, -1, -1]], np.int32)
@@ -145,6 +145,9 @@ def test_a_long_chain_reaches_the_kernel_in_blocks(monkeypatch):
     found, _ = attention.cached(q, k, v, cache, lengths, backend="tpu")
     assert calls == [4, 4, 1]
     np.testing.assert_allclose(found, expected, atol=2e-6)
+    tree = jnp.tril(jnp.ones((T, T), bool))
+    with pytest.raises(UserError, match=rf"tree of {T} tokens.*verify at most 4 tokens"):
+        attention.cached(q, k, v, cache, lengths, draft_mask=tree, backend="tpu")
 
 
 def test_rows_of_unequal_length_and_what_lies_beyond_them():
@@ -178,8 +181,9 @@ def test_bfloat16_keeps_its_dtype():
     np.testing.assert_allclose(np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03)
 
 
+@pytest.mark.parametrize("moves", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_loop_that_carries_caches_copies_none_of_them(rows):
+def test_a_loop_that_carries_caches_copies_none_of_them(rows, moves):
     """XLA:CPU did for a single row: 0.7 ms of a round of 1.1."""
 
     def step(place, carry):
@@ -189,8 +193,12 @@ def test_a_loop_that_carries_caches_copies_none_of_them(rows):
             mixed, layer = attention.cached(
                 x, x[:, :, :1], x[:, :, :1], layer, lengths, backend="reference"
             )
-            written.append(layer)
             x = x + mixed
+            written.append(layer)
+        if moves:
+            node = 1 + (jnp.sum(x, axis=(1, 2, 3)) > 0)  # follows from attention, as it always does
+            path = jnp.stack([jnp.zeros_like(lengths), node.astype(jnp.int32)], axis=1)
+            written = [kv_cache.move(layer, lengths, path) for layer in written]
         return tuple(written), x
 
     loop = jax.jit(lambda layers, x: jax.lax.fori_loop(0, 9, step, (layers, x)), donate_argnums=0)

@@ -17,7 +17,7 @@ from tlt_jax.config import CheckpointConfig, MeshConfig
 from tlt_jax.types import UserError
 
 CONFIG = CheckpointConfig(every=1, keep=2)
-RECORD = {"steps_done": 4, "seed": 0, "idle_credit": 0.37}
+RECORD = {"steps_done": 4, "seed": 0, "controller": {"idle_credit": 0.37}}
 
 
 def _arrays(seed=0):

@@ -50,7 +50,7 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
     kind = programs.kind(rows.tokens.shape[0] // SLICES, training=training)
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    orders = programs.orders(rounds=rounds, index=index)
+    orders = programs.orders(kind.strategy, rounds=rounds, index=index)
     return programs.chunk(kind, target, given[0], given[1], sampler, orders, given[2])
 
 
@@ -147,8 +147,8 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     live = np.asarray(rows.live)
     assert live[[1, 4, 6]].all() and not live[[0, 2, 5, 7]].any()
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    orders = programs.orders(rounds=9, index=1)
     kind = programs.kind(ROWS, training=False)
+    orders = programs.orders(kind.strategy, rounds=9, index=1)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
     _, buffer, rows, _ = programs.chunk(kind, target, state_1, buffer, sampler, orders, rows)
     assert not np.any(rows.live) and np.all(rows.stored)

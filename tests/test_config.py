@@ -37,7 +37,7 @@ BASE = RunConfig(
         max_prompt_length=24,
         max_response_length=424,
         row_buckets=(16, 8, 4, 2, 1),
-        depths=(2, 2, 4, 4, 4),
+        strategies=("chain-2", "chain-2", "chain-4", "chain-4", "chain-4"),
         length_buckets=(128, 256, 512),
         chunk_tokens=64,
     ),
@@ -58,7 +58,7 @@ def test_a_config_survives_the_round_trip():
     config = _changed(
         seed=7,
         policy={"rope_scaling": RopeScaling(factor=8.0), "qkv_bias": True},
-        rollout={"row_buckets": (16, 1), "depths": (0, 3), "temperature": 0.5},
+        rollout={"row_buckets": (16, 1), "strategies": ("plain", "chain-3"), "temperature": 0.5},
     )
     assert _built(dataclasses.asdict(config)) == config
 
@@ -69,9 +69,9 @@ def test_absent_keys_keep_their_defaults():
 
 
 def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
-    config = _built({"rollout": {"temperature": 1, "depths": [3, 2, 1, 0, 0]}})
+    config = _built({"rollout": {"temperature": 1, "length_buckets": [100, 200, 512]}})
     assert isinstance(config.rollout.temperature, float)
-    assert config.rollout.depths == (3, 2, 1, 0, 0)
+    assert config.rollout.length_buckets == (100, 200, 512)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,9 @@ def test_an_unknown_key_names_the_nearest(values, sentence):
             "set it with --config.policy.rope_scaling.factor=VALUE.",
         ),
         (
-            {"rollout": {"depths": None}},
-            "config.rollout.depths has no value; set it with --config.rollout.depths=VALUE.",
+            {"rollout": {"length_buckets": None}},
+            "config.rollout.length_buckets has no value; set it with "
+            "--config.rollout.length_buckets=VALUE.",
         ),
     ],
 )
@@ -137,16 +138,16 @@ def test_an_unset_placeholder_says_how_to_set_it(values, sentence):
             "config.rollout.temperature is 'hot'; it must be of type float.",
         ),
         (
-            {"rollout": {"depths": 4}},
-            "config.rollout.depths is 4; it must be a tuple, for example (8, 4, 1).",
+            {"rollout": {"length_buckets": 4}},
+            "config.rollout.length_buckets is 4; it must be a tuple, for example (8, 4, 1).",
         ),
         (
-            {"rollout": {"depths": "44"}},
-            "config.rollout.depths is '44'; it must be a tuple, for example (8, 4, 1).",
+            {"rollout": {"length_buckets": "44"}},
+            "config.rollout.length_buckets is '44'; it must be a tuple, for example (8, 4, 1).",
         ),
         (
-            {"rollout": {"depths": (4, 2.5)}},
-            "config.rollout.depths is 2.5; it must be of type int.",
+            {"rollout": {"length_buckets": (4, 2.5)}},
+            "config.rollout.length_buckets is 2.5; it must be of type int.",
         ),
         ({"policy": 3}, "config.policy is 3; it must be a group of keys."),
         ({"policy": None}, "config.policy is None; it must be a group of keys."),
@@ -165,7 +166,7 @@ def test_the_default_and_other_sound_configs_are_returned():
         _changed(rollout={"top_k": 5, "top_p": 0.9}, mesh={"slices": 2, "tensor": 2}),
         _changed(rollout={"temperature": 0.0}),  # greedy
         _changed(
-            rollout={"row_buckets": (16,), "depths": (0,)},
+            rollout={"row_buckets": (16,), "strategies": ("plain",)},
             drafter={"rounds_per_microbatch": (3,)},
         ),
     ):
@@ -195,8 +196,15 @@ IMPOSSIBLE = [
     ("config.rollout.row_buckets", {"rollout": {"row_buckets": (1, 2, 4, 8, 16)}}),
     ("config.rollout.row_buckets", {"rollout": {"row_buckets": (16, 8, 4, 2, 0)}}),
     ("config.rollout.row_buckets starts at 8", {"rollout": {"row_buckets": (8, 4, 2, 1)}}),
-    ("config.rollout.depths", {"rollout": {"depths": (2, 2)}}),
-    ("config.rollout.depths", {"rollout": {"depths": (2, 2, 4, 4, -1)}}),
+    ("config.rollout.strategies is ('plain',)", {"rollout": {"strategies": ("plain",)}}),
+    (
+        "config.rollout.strategies: there is no strategy 'chain'",
+        {"rollout": {"strategies": ("plain",) * 4 + ("chain",)}},
+    ),
+    (
+        "config.rollout.strategies: tree-2-65-70 asks for 65 different tokens",
+        {"rollout": {"strategies": ("plain",) * 4 + ("tree-2-65-70",)}},
+    ),
     ("config.rollout.length_buckets", {"rollout": {"length_buckets": ()}}),
     ("config.rollout.length_buckets", {"rollout": {"length_buckets": (256, 128, 512)}}),
     ("config.rollout.length_buckets ends at 448", {"rollout": {"length_buckets": (128, 448)}}),
@@ -235,6 +243,30 @@ IMPOSSIBLE = [
     ("config.learner.updates_per_step", {"learner": {"updates_per_step": 0}}),
     ("config.warm_start.batch_rows", {"warm_start": {"batch_rows": 3}}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "changes"),
+    [
+        (
+            "config.rollout.chunk_tokens is 64; the benchmark drafts 72 deep",
+            {"benchmark": {"strategies": ("chain-2", "chain-72")}},
+        ),
+        (
+            "config.benchmark.other_chunk_tokens is 4; the benchmark drafts 4 deep",
+            {"benchmark": {"other_chunk_tokens": 4}},
+        ),
+        ("config.benchmark.strategies is empty", {"benchmark": {"strategies": ()}}),
+        (
+            "config.benchmark.strategies: strategy verifies 99 tokens",
+            {"benchmark": {"strategies": ("tree-2-2-99",)}},
+        ),
+    ],
+)
+def test_the_benchmark_refuses_what_a_run_need_not(sentence, changes):
+    config = validation.validate(_changed(**changes))
+    with pytest.raises(UserError, match=sentence):
+        validation.validate_benchmark(config)
 
 
 @pytest.mark.parametrize(("key", "changes"), IMPOSSIBLE, ids=[str(c) for _, c in IMPOSSIBLE])
@@ -281,7 +313,7 @@ def test_rollout_figures_by_hand():
             "max_prompt_length": 10,
             "max_response_length": 90,
             "row_buckets": (8, 2),
-            "depths": (0, 3),
+            "strategies": ("plain", "chain-3"),
             "chunk_tokens": 18,
         }
     ).rollout

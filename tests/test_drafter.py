@@ -135,6 +135,40 @@ def test_deeper_steps_are_what_drafting_from_each_place_gives(params, tiny_confi
                 np.testing.assert_allclose(found, estimate[0, 0], atol=1e-5)
 
 
+def test_a_tree_fed_level_by_level_is_each_of_its_paths(params, tiny_config, pairs):
+    """Two levels of two nodes behind three pairs: 0 -> 2, 1 -> 3."""
+    features = pairs[0][:, :4]
+    embedded = jax.random.normal(jax.random.key(3), features.shape)
+    start = jnp.full((features.shape[0],), 3, jnp.int32)
+    feed = jax.jit(drafter.decode, static_argnums=1, static_argnames=("first_node", "depth"))
+    cache = drafter.empty_cache(tiny_config, features.shape[0], 12)
+    _, before = feed(
+        params, tiny_config, features[:, :3], embedded[:, :3], cache, jnp.zeros_like(start)
+    )
+    nodes = jax.random.normal(jax.random.key(4), (2, *features.shape))  # feature and token, 4 nodes
+    masks = jnp.array([[[1, 0], [0, 1]]], bool), jnp.array([[[1, 0, 1, 0], [0, 1, 0, 1]]], bool)
+    found, cache = [], before
+    for level, mask in enumerate(masks):
+        own = nodes[:, :, 2 * level : 2 * level + 2]
+        mask = jnp.broadcast_to(mask, (features.shape[0], *mask.shape[1:]))
+        estimates, cache = feed(
+            params,
+            tiny_config,
+            *own,
+            cache,
+            start,
+            draft_mask=mask,
+            first_node=2 * level,
+            depth=level,
+        )
+        found.append(estimates)
+    for branch in range(2):
+        path = nodes[:, :, branch::2]
+        wanted, _ = feed(params, tiny_config, *path, before, start)
+        got = jnp.stack([level[:, branch] for level in found], axis=1)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("starts", [(0, 0), (4, 2), (3, 4)])
 def test_a_part_of_a_row_is_trained_with_all_that_it_sees(params, tiny_config, pairs, starts):
     """At every depth the same as in the whole row, but for drafts that began before the part."""

@@ -9,6 +9,7 @@ import toy_engine
 from toy_engine import NEVER
 
 from tlt_jax import rollout
+from tlt_jax.controller import Controller
 
 # Counting at temperature 0 with a drafter that knows nothing: about one token a round.
 MODELS = toy_engine.counting()[0], toy_engine.random_drafter()
@@ -171,7 +172,11 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
     price = programs.kind(8, training=True).block
     for step in range(3):
         result = toy_engine.roll(
-            programs, models, toy_engine.prompts(8, seed=step), seed=step, idle_credit=credit
+            programs,
+            models,
+            toy_engine.prompts(8, seed=step),
+            seed=step,
+            controller=Controller(idle_credit=credit),
         )
         *chunks, last = result.chunks
         bought = last.roles == ["TRAIN"]
@@ -186,7 +191,8 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
             assert last.rounds_run == [0] and last.draft_loss is not None
             versions += 1
         credit -= microbatches
-        assert result.idle_credit == pytest.approx(credit) and 0 <= result.idle_credit < 1
+        left = result.controller.idle_credit
+        assert left == pytest.approx(credit) and 0 <= left < 1
         assert int(result.drafter_state.version) == bought
     if share == 0.5:
         assert versions >= 2

@@ -77,3 +77,16 @@ def test_a_write_keeps_the_caches_dtype(dtype):
     found = _write(cache, k, k, jnp.array([1], jnp.int32))
     assert found.k.dtype == found.v.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(found.k[0, 0, 1], k[0, 0, 0].astype(dtype))
+
+
+def test_an_accepted_path_is_moved_together():
+    """Nodes 0, 2 and 4 of the first row's tree; the second row's path ends at node 1."""
+    cache = kv_cache.LayerCache(k=_numbers(2, 2, 8, 1), v=-_numbers(2, 2, 8, 1))
+    starts, path = jnp.array([1, 3], jnp.int32), jnp.array([[0, 2, 4], [0, 1, 0]], jnp.int32)
+    found = jax.jit(kv_cache.move)(cache, starts, path)
+    by_hand = [
+        [[1, 2, 4, 6, 5, 6, 7, 8], [9, 10, 12, 14, 13, 14, 15, 16]],
+        [[17, 18, 19, 20, 21, 20, 23, 24], [25, 26, 27, 28, 29, 28, 31, 32]],
+    ]
+    np.testing.assert_array_equal(found.k[..., 0], by_hand)
+    np.testing.assert_array_equal(found.v[..., 0], -np.array(by_hand))

@@ -23,6 +23,7 @@ PLAIN = ChunkRecord(
     committed=[32, 24],
     row_rounds=[32, 24],
     accepted=[],
+    expected=[],
     draft_loss=None,
     drafter_version=4,
 )
@@ -36,6 +37,7 @@ SHALLOW = dataclasses.replace(
     committed=[20, 5],
     row_rounds=[10, 4],
     accepted=[9, 2],
+    expected=[0.0, 0.0],
 )
 DEEP = dataclasses.replace(
     SHALLOW,
@@ -49,6 +51,7 @@ DEEP = dataclasses.replace(
     committed=[0, 14],
     row_rounds=[0, 6],
     accepted=[5, 2, 1, 0],
+    expected=[0.0] * 4,
     draft_loss=1.5,
     drafter_version=5,
 )

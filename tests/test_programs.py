@@ -10,6 +10,7 @@ import pytest
 import toy_engine
 
 from tlt_jax import sharding
+from tlt_jax.controller import Controller
 from tlt_jax.program_pool import ProgramPool, abstract
 from tlt_jax.types import Strategy
 
@@ -92,24 +93,28 @@ def test_buckets_and_their_strategies(name, first_rows, strategies):
 
 def test_the_first_bucket_is_the_smallest_that_holds_all():
     programs = toy_engine.engine("main")  # eight sequences on two slices
-    assert programs.having(row_buckets=(32, 8, 4, 1), depths=(0, 0, 0, 0)).first_rows == 4
-    assert programs.having(row_buckets=(32, 6, 1), depths=(0, 0, 0)).first_rows == 6
+    assert programs.having(row_buckets=(32, 8, 4, 1), strategies=("plain",) * 4).first_rows == 4
+    assert programs.having(row_buckets=(32, 6, 1), strategies=("plain",) * 3).first_rows == 6
     assert programs.having(row_buckets=(32, 6, 1), prompts_per_step=4).first_rows == 32
 
 
 def test_lengths_grow_as_rows_shrink():
     programs = toy_engine.engine("main")  # row buckets 4 and 1, length buckets 24 and 48
     assert [programs.least_length(rows) for rows in programs.buckets] == [24, 48]
-    many = programs.having(row_buckets=(8, 4, 2, 1), depths=(0,) * 4, length_buckets=(24, 32, 48))
+    many = programs.having(
+        row_buckets=(8, 4, 2, 1), strategies=("plain",) * 4, length_buckets=(24, 32, 48)
+    )
     assert [many.least_length(rows) for rows in many.buckets] == [24, 32, 48]  # 8 rows are not used
 
 
 def test_sampler_and_orders_are_data_on_every_device():
     programs = toy_engine.engine("main").having(temperature=0.25)
     sampler = programs.sampler(jax.random.key(3), (2, 7))
-    orders = programs.orders(rounds=5, index=2)
+    taught = Controller(log_sharpness=(0.0, 1.0, 2.0))
+    orders = programs.orders(Strategy(2), rounds=5, index=2, controller=taught)
     assert float(sampler.params.temperature) == 0.25 and sampler.stop_tokens.tolist() == [2, 7]
     assert (int(orders.rounds), int(orders.index)) == (5, 2)
+    np.testing.assert_allclose(orders.sharpness, [1.0, np.exp(1.0)])
     for leaf in jax.tree.leaves((sampler, orders)):
         assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == 2
 
@@ -160,3 +165,18 @@ def test_a_compilation_is_seen():
     with toy_engine.compilations() as found:
         jax.jit(lambda x: x * 3.25)(jnp.zeros(7))
     assert len(found) >= 1
+
+
+def test_modes_that_draft_to_different_depths_share_a_pool():
+    """What both use is compiled once and takes the orders of either."""
+    first = toy_engine.engine("plain, then chains")
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    seed, asked, _ = toy_engine.tailed()
+    deeper = first.having(strategies=("plain", "chain-4", "chain-5"), row_buckets=(4, 1, 1))
+    assert deeper.rollout.deepest > first.rollout.deepest and deeper.pool is first.pool
+    wanted, got = (
+        toy_engine.roll(programs, models, asked, seed=seed) for programs in (first, deeper)
+    )
+    assert {record.strategy for record in got.chunks} == {"plain", "chain-4"}
+    for one, other in zip(wanted.responses, got.responses, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)

@@ -13,6 +13,7 @@ from toy_engine import DRAFTER, ROLLOUT, SHAPE, STOP
 
 from tlt_jax import learner, rl_step, setup
 from tlt_jax.config import LearnerConfig, MeshConfig, RunConfig
+from tlt_jax.controller import FRESH
 from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.tasks.task import Task
 from tlt_jax.tasks.tokenizer import VOCABULARY, Tokenizer
@@ -67,6 +68,7 @@ def _first_state(machinery):
         rollout_params=params,
         drafter=toy_engine.drafter_state(programs, toy_engine.random_drafter()),
         buffer=toy_engine.buffers(programs),
+        controller=FRESH,
     )
 
 
@@ -242,7 +244,7 @@ def test_one_slice_steps_and_carries_its_credit():
         rounds = sum(r.rounds_run[0] for r in outcome.chunks)
         bought = sum(r.microbatches[0] for r in outcome.chunks)
         credit += 0.1 * rounds / DRAFTER.rounds_per_microbatch[0] - bought
-        assert outcome.state.idle_credit == pytest.approx(credit) and credit >= 0
+        assert outcome.state.controller.idle_credit == pytest.approx(credit) and credit >= 0
     assert int(outcomes[-1].state.drafter.version) >= 1
 
 

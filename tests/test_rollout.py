@@ -7,6 +7,7 @@ import toy_engine
 from toy_engine import BOS, NEVER, SHAPE, STOP
 
 from tlt_jax import learner, packing
+from tlt_jax.controller import FRESH, calibrate
 from tlt_jax.types import UserError
 
 LENGTHS = (30, 3, 5, 2, 8, 12, 1, 7)  # even sequences on slice 0, odd ones on slice 1
@@ -101,6 +102,27 @@ def test_no_row_outgrows_its_cache_and_no_chunk_its_token_budget():
         assert all(len(r.response) == 34 for r in result.responses)
 
 
+def test_trees_are_calibrated_from_chunk_to_chunk_and_rollout_to_rollout():
+    """The estimate of a drafter that guesses badly comes down to what is accepted."""
+    programs = toy_engine.engine("trees")
+    models, errors = (toy_engine.random_policy(), toy_engine.random_drafter()), []
+    controller = FRESH
+    for step in range(8):
+        asked = toy_engine.prompts(8, seed=step)
+        result = toy_engine.roll(programs, models, asked, seed=step, controller=controller)
+        expected = controller
+        for record in result.chunks:
+            assert len(record.expected) == len(record.accepted) <= 3
+            rounds = sum(record.row_rounds)
+            expected = calibrate(expected, rounds, record.accepted, record.expected)
+        assert result.controller == expected != controller
+        controller = expected
+        estimate = sum(record.expected[0] for record in result.chunks)
+        accepted = sum(record.accepted[0] for record in result.chunks)
+        errors.append((estimate - accepted) / sum(sum(r.row_rounds) for r in result.chunks))
+    assert np.mean(errors[:2]) > 0.15 and abs(np.mean(errors[-4:])) < 0.1, errors
+
+
 @pytest.mark.parametrize("length", [0, 7])
 def test_a_prompt_that_does_not_fit_is_named(length):
     asked = toy_engine.prompts(8)
@@ -177,10 +199,10 @@ def test_temperature_acts_as_in_plain_decoding(temperature):
     assert programs.pool.compiled == compiled
 
 
-@pytest.fixture(scope="module")
-def filtered():
-    """The filtering engine after its first rollout."""
-    programs = toy_engine.engine("filtered")
+@pytest.fixture(scope="module", params=["filtered", "filtered tree"])
+def filtered(request):
+    """A filtering engine after its first rollout."""
+    programs = toy_engine.engine(request.param)
     models = toy_engine.random_policy(), toy_engine.random_drafter()
     toy_engine.roll(programs, models, toy_engine.prompts(8), stop_tokens=(STOP, NEVER))
     return programs

@@ -10,9 +10,9 @@ import pytest
 import toy_engine
 from toy_engine import NEVER, SHAPE, STOP
 
-from tlt_jax import drafter, policy, sampling
+from tlt_jax import drafter, policy, sampling, trees
+from tlt_jax.drafting import Models
 from tlt_jax.speculation import (
-    Models,
     RolloutState,
     Sampler,
     count_committed,
@@ -22,7 +22,7 @@ from tlt_jax.speculation import (
 )
 from tlt_jax.types import Strategy
 
-WIDTH, LENGTH = SHAPE.width, 40
+WIDTH, LENGTH = SHAPE.width, 64
 DEPTH = 3
 
 
@@ -31,6 +31,19 @@ def _rows(length, limit, live=True):
     fields = {field.name: None for field in dataclasses.fields(RolloutState)}
     fields |= {"length": jnp.array([length]), "limit": jnp.array([limit])}
     return RolloutState(**fields | {"live": jnp.array([live])})
+
+
+def _chain(tokens):
+    """The tree without branches of one row."""
+    count = len(tokens)
+    order = jnp.arange(count)
+    return trees.Tree(
+        tokens=jnp.array([tokens]),
+        parents=jnp.maximum(order - 1, 0)[None],
+        depths=order[None],
+        log_probs=jnp.zeros((1, count)),
+        mask=jnp.tril(jnp.ones((1, count, count), bool)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,18 +69,24 @@ def _rows(length, limit, live=True):
 def test_committed_tokens_by_hand(drafts, taken, length, limit, committed, live, accepted):
     """Tokens 8 and 9 stop."""
     stops = jnp.array([8, 9])
-    arrays = jnp.array([drafts], jnp.int32).reshape(1, -1), jnp.array([taken], jnp.int32)
-    got = count_committed(*arrays, _rows(length, limit), stops)
-    assert [x.tolist() for x in got] == [[committed], [live], [accepted]]
+    taken, tree = jnp.array([taken], jnp.int32), _chain([3, *drafts])
+    nodes = trees.accepted_nodes(tree, taken)
+    found, path = trees.accepted_path(tree, nodes, depth=len(drafts))
+    assert found.tolist() == [accepted]
+    assert trees.accepted_in_chain(tree.tokens, taken).tolist() == [accepted]
+    assert path.tolist() == [[*range(accepted + 1), *[0] * (len(drafts) - accepted)]]
+    got = count_committed(found, taken, _rows(length, limit), stops)
+    assert [x.tolist() for x in got] == [[committed], [live]]
 
-    got = count_committed(*arrays, _rows(length, limit, live=False), stops)
-    assert [got[0].tolist(), got[1].tolist()] == [[0], [False]]
+    got = count_committed(found, taken, _rows(length, limit, live=False), stops)
+    assert [x.tolist() for x in got] == [[0], [False]]
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
-def _run(models, strategy, sampler, state, rounds):
+def _run(models, strategy, sampler, state, rounds, sharpness=1.0):
     state = refresh_draft_cache(models, SHAPE, strategy, state)
-    return run_rounds(models, SHAPE, strategy, sampler, state, zero_stats(strategy), rounds)
+    sharpness, stats = jnp.full(DEPTH, sharpness), zero_stats(strategy)
+    return run_rounds(models, SHAPE, strategy, sampler, sharpness, state, stats, rounds)
 
 
 @jax.jit
@@ -117,16 +136,22 @@ def _sampler(*, stop=NEVER, temperature=1.0, seed=0):
     return Sampler(key=jax.random.key(seed), params=params, stop_tokens=jnp.array([stop]))
 
 
+@pytest.fixture(scope="module", params=["chain-3", "tree-3-2-7"])
+def strategy(request):
+    """A chain, and a tree that keeps the better part of its nodes."""
+    return Strategy.parse(request.param)
+
+
 @pytest.fixture(scope="module")
 def random_models():
     return Models(target=toy_engine.random_policy(), draft=toy_engine.random_drafter())
 
 
 @pytest.fixture(scope="module")
-def after_rounds(random_models):
+def after_rounds(random_models, strategy):
     """(rows before, rows after, statistics) of five rounds; the last row reaches its limit."""
     before = _prefilled(random_models, toy_engine.prompts(4), [30, 30, 30, 3])
-    after, stats = _run(random_models, Strategy(DEPTH), _sampler(), before, jnp.int32(5))
+    after, stats = _run(random_models, strategy, _sampler(), before, jnp.int32(5))
     assert after.live.tolist() == [True, True, True, False]
     return before, after, stats
 
@@ -165,55 +190,57 @@ def test_features_and_caches_are_those_of_the_committed_tokens(after_rounds, ran
             close(state.draft_cache.v[row, :, :drafted], draft_cache.v[row, :, :drafted])
 
 
-def test_prompts_and_ended_rows_stay_as_they_are(after_rounds, random_models):
+def test_prompts_and_ended_rows_stay_as_they_are(after_rounds, random_models, strategy):
     before, after, _ = after_rounds
     for row, length in enumerate(before.length.tolist()):
         np.testing.assert_array_equal(after.tokens[row, :length], before.tokens[row, :length])
-    further, _ = _run(random_models, Strategy(DEPTH), _sampler(), after, jnp.int32(2))
+    further, _ = _run(random_models, strategy, _sampler(), after, jnp.int32(2))
     end = int(after.length[3])
     assert int(further.length[3]) == end
     np.testing.assert_array_equal(further.tokens[3, :end], after.tokens[3, :end])
     np.testing.assert_array_equal(further.log_probs[3, :end], after.log_probs[3, :end])
 
 
-def test_no_round_is_run_without_need(random_models, after_rounds):
+def test_no_round_is_run_without_need(random_models, after_rounds, strategy):
     """None of zero rounds, none without a live row, and no more than it takes to end all rows."""
     before, after, _ = after_rounds
-    same, stats = _run(random_models, Strategy(DEPTH), _sampler(), before, jnp.int32(0))
+    same, stats = _run(random_models, strategy, _sampler(), before, jnp.int32(0))
     np.testing.assert_array_equal(same.length, before.length)
     assert int(stats.rounds) == int(stats.row_rounds) == int(stats.committed) == 0
     ended = after.replace(live=jnp.zeros((4,), bool))
-    assert int(_run(random_models, Strategy(DEPTH), _sampler(), ended, jnp.int32(9))[1].rounds) == 0
+    assert int(_run(random_models, strategy, _sampler(), ended, jnp.int32(9))[1].rounds) == 0
     short = before.replace(limit=before.length + 2)
-    done, stats = _run(random_models, Strategy(DEPTH), _sampler(), short, jnp.int32(9))
+    done, stats = _run(random_models, strategy, _sampler(), short, jnp.int32(9))
     assert not np.any(done.live) and 1 <= int(stats.rounds) <= 2
     np.testing.assert_array_equal(done.length, short.limit)
 
 
-def test_a_drafter_that_equals_the_target_is_never_wrong():
+def test_a_drafter_that_equals_the_target_is_never_wrong(strategy):
     """Depth + 1 tokens a round, until the limit cuts: through attention, caches and shared noise.
 
-    The drafter's history holds accepted drafts, so a stale slot or a wrong position would show.
+    The drafter's history holds accepted drafts, so a stale slot or a wrong position would show. It
+    may be sure of itself: a tree then keeps its best path.
     """
+    sure = functools.partial(_run, sharpness=1e3)
     models = Models(*toy_engine.mirrored())
     state = _prefilled(models, toy_engine.prompts(4), [30] * 4)
     for _ in range(2):  # two chunks of three rounds: the cache is kept between them
         before = state.length
-        state, stats = _run(models, Strategy(DEPTH), _sampler(), state, jnp.int32(3))
+        state, stats = sure(models, strategy, _sampler(), state, jnp.int32(3))
         np.testing.assert_array_equal(state.length - before, 3 * (DEPTH + 1))
         assert stats.accepted.tolist() == [12] * DEPTH
     greedy = _sampler(temperature=0.0)
     state = _prefilled(models, toy_engine.prompts(4, seed=1), [30] * 4)
-    _, stats = _run(models, Strategy(DEPTH), greedy, state, jnp.int32(5))
+    _, stats = sure(models, strategy, greedy, state, jnp.int32(5))
     assert stats.accepted.tolist() == [20] * DEPTH
 
 
-def test_the_drafter_reads_the_feature_of_its_pair():
+def test_the_drafter_reads_the_feature_of_its_pair(strategy):
     """`counting` drafts from features alone: a feature of another position guesses nothing."""
     models = Models(*toy_engine.counting())
     prompts = [np.array(p) for p in ([4, 5], [20, 21, 22], [9, 3, 7], [11, 10, 9, 8])]
     state = _prefilled(models, prompts, [30] * 4)
-    state, stats = _run(models, Strategy(DEPTH), _sampler(temperature=0.0), state, jnp.int32(4))
+    state, stats = _run(models, strategy, _sampler(temperature=0.0), state, jnp.int32(4))
     # In the last two rows the first guess goes by 3 -> 4 and 9 -> 10, and is wrong once.
     assert (state.length - jnp.array([2, 3, 3, 4])).tolist() == [16, 16, 13, 13]
     assert stats.accepted.tolist() == [14] * DEPTH
@@ -223,19 +250,19 @@ def test_the_drafter_reads_the_feature_of_its_pair():
         np.testing.assert_array_equal(state.tokens[row, len(prompt) : state.length[row]], wanted)
 
 
-def test_a_row_stops_at_its_stop_token():
+def test_a_row_stops_at_its_stop_token(strategy):
     models = Models(*toy_engine.counting())
     prompts = toy_engine.counting_prompts(1, 2, 5, 8)
     state = _prefilled(models, prompts, [30] * 4)
-    state, _ = _run(models, Strategy(DEPTH), _sampler(stop=STOP), state, jnp.int32(9))
+    state, _ = _run(models, strategy, _sampler(stop=STOP), state, jnp.int32(9))
     assert (state.length - 2).tolist() == [1, 2, 5, 8] and not np.any(state.live)
     np.testing.assert_array_equal(state.tokens[jnp.arange(4), state.length - 1], STOP)
 
 
-def test_a_broken_drafter_changes_no_token(random_models, after_rounds):
+def test_a_broken_drafter_changes_no_token(random_models, after_rounds, strategy):
     before, good, _ = after_rounds
     broken = random_models.replace(draft=jax.tree.map(lambda x: x * jnp.nan, random_models.draft))
-    state, stats = _run(broken, Strategy(DEPTH), _sampler(), before, jnp.int32(5))
+    state, stats = _run(broken, strategy, _sampler(), before, jnp.int32(5))
     for row in range(4):
         both = min(int(state.length[row]), int(good.length[row]))
         np.testing.assert_array_equal(state.tokens[row, :both], good.tokens[row, :both])
@@ -245,3 +272,14 @@ def test_a_broken_drafter_changes_no_token(random_models, after_rounds):
 def test_zero_statistics_have_one_entry_per_draft():
     assert zero_stats(Strategy(0)).accepted.shape == (0,)
     assert zero_stats(Strategy(4)).accepted.shape == (4,)
+
+
+def test_rows_that_ended_add_nothing_to_the_statistics():
+    """A tree that is sure of itself and right counts one expected draft for each live row."""
+    models = Models(*toy_engine.mirrored())
+    state = _prefilled(models, toy_engine.prompts(4), [30] * 4)
+    state = state.replace(live=jnp.array([False, True, False, False]))
+    strategy = Strategy.parse("tree-2-2-7")
+    _, stats = _run(models, strategy, _sampler(), state, jnp.int32(1), sharpness=1e3)
+    assert stats.row_rounds == 1 and stats.accepted.tolist() == [1, 1]
+    np.testing.assert_allclose(stats.expected, [1.0, 1.0], atol=1e-3)

@@ -130,8 +130,8 @@ def _prefill(mesh, config, length):
     return row_programs.prefill_program(mesh, config, length=length, keep_features=True)
 
 
-def _chunk(mesh, config, drafter_config, *, training):
-    kind = ChunkKind(CHAIN, block=4 if training else 0)
+def _chunk(mesh, config, drafter_config, *, training, strategy=CHAIN):
+    kind = ChunkKind(strategy, block=4 if training else 0)
     return chunk.chunk_program(mesh, config, drafter_config, kind, keep_features=True)
 
 
@@ -163,7 +163,9 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
             lambda: Sampler(jax.random.key(0), _sampling_params(), jnp.zeros((1,), jnp.int32)),
             whole,
         ),
-        orders=_evaluated(lambda: ChunkOrders(jnp.int32(0), jnp.int32(0)), whole),
+        orders=_evaluated(
+            lambda: ChunkOrders(jnp.int32(0), jnp.int32(0), jnp.ones(CHAIN.depth)), whole
+        ),
         rows=_evaluated(
             functools.partial(_prefill(mesh, config, length), target, *batch),
             row_programs.state_shardings(mesh, keep_features=True),
@@ -301,9 +303,11 @@ def _assert_updated_in_place(compiled, donated):
 
 
 @compiles_for_tpu
-def test_a_chunk_without_training_stays_in_its_slice(mesh, backend):
+@pytest.mark.parametrize("strategy", [CHAIN, Strategy(4, 4, 40)], ids=str)
+def test_a_chunk_without_training_stays_in_its_slice(mesh, backend, strategy):
     config, drafter_config, shapes = _small(mesh, backend)
-    compiled = _compile(_chunk(mesh, config, drafter_config, training=False), *shapes.of_chunk)
+    program = _chunk(mesh, config, drafter_config, training=False, strategy=strategy)
+    compiled = _compile(program, *shapes.of_chunk)
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _device_groups(compiled.as_text())  # of the tensor axis
     assert not _slice_groups(compiled, mesh)

@@ -19,6 +19,7 @@ import toy_run
 from tlt_jax import train, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import CheckpointConfig, MeshConfig
+from tlt_jax.controller import Controller
 from tlt_jax.reporting.writers import read_jsonl
 from tlt_jax.types import UserError
 
@@ -86,7 +87,8 @@ def _assert_same_run(workdir, state, unbroken):
     """Same arrays, bit for bit, and same numbers in the logs except times."""
     wanted_dir, wanted = unbroken
     jax.tree.map(np.testing.assert_array_equal, state.arrays(), wanted.arrays())
-    assert (state.steps_done, state.idle_credit) == (wanted.steps_done, wanted.idle_credit)
+    assert (state.steps_done, state.controller) == (wanted.steps_done, wanted.controller)
+    assert any(state.controller.log_sharpness), "a run that teaches nothing cannot lose it"
     for name in ("metrics.jsonl", "decisions.jsonl"):
         assert _without_clocks(workdir / name) == _without_clocks(wanted_dir / name), name
     for name in ("policy.safetensors", "drafter/drafter.safetensors"):
@@ -117,7 +119,7 @@ def test_decisions_carry_versions(unbroken):
     assert all(record["target_step"] == record["step"] for record in records)
     versions = [record["drafter_version"] for record in records]
     assert versions == sorted(versions) and versions[-1] > 0
-    assert {record["strategy"] for record in records} == {"chain-2"}
+    assert {record["strategy"] for record in records} == {"tree-2-2-5"}
 
 
 def test_a_run_stopped_after_any_checkpoint_ends_alike(
@@ -188,8 +190,9 @@ def test_a_killed_process_is_resumed_by_the_same_command(
     checkpoints = Checkpoints(workdir, config.checkpoint)
     arrays, record = checkpoints.restore(STEPS, wanted.arrays())
     checkpoints.close()
+    controller = Controller.from_record(record["controller"])
     state = dataclasses.replace(
-        wanted, steps_done=record["steps_done"], idle_credit=record["idle_credit"], **arrays
+        wanted, steps_done=record["steps_done"], controller=controller, **arrays
     )
     _assert_same_run(workdir, state, unbroken)
 

@@ -57,7 +57,7 @@ ROLLOUT = RolloutConfig(
     max_prompt_length=6,
     max_response_length=34,
     row_buckets=(4, 1),
-    depths=(2, 4),
+    strategies=("chain-2", "chain-4"),
     length_buckets=(24, 48),
     chunk_tokens=12,
 )
@@ -200,16 +200,27 @@ def _engine(*, slices=2, tensor=1, drafting=True, training=True, **changes):
 
 
 _one_bucket = {"row_buckets": (4,), "length_buckets": (48,)}
+_filtered = _one_bucket | {"slices": 1, "row_buckets": (8,), "training": False}
+_filtered |= {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
 _KINDS = {
     "main": {},
     "plain": {"drafting": False, "training": False, "speculate": False},
-    "one slice": _one_bucket | {"slices": 1, "row_buckets": (8,), "depths": (2,)},
-    "four slices": _one_bucket | {"slices": 4, "row_buckets": (2,), "depths": (4,)},
-    "tensor": _one_bucket | {"tensor": 2, "depths": (2,)},
-    "plain, then chains": {"length_buckets": (48,), "depths": (0, 4), "training": False},
-    "filtered": _one_bucket
-    | {"slices": 1, "row_buckets": (8,), "depths": (2,), "training": False}
-    | {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
+    "one slice": _one_bucket | {"slices": 1, "row_buckets": (8,), "strategies": ("chain-2",)},
+    "four slices": _one_bucket | {"slices": 4, "row_buckets": (2,), "strategies": ("chain-4",)},
+    "tensor": _one_bucket | {"tensor": 2, "strategies": ("chain-2",)},
+    "plain, then chains": {
+        "length_buckets": (48,),
+        "strategies": ("plain", "chain-4"),
+        "training": False,
+    },
+    "trees": {
+        "length_buckets": (40, 64),
+        "strategies": ("tree-3-2-6", "tree-2-3-13"),
+        "training": False,
+    },
+    "tree on tensor": _one_bucket | {"tensor": 2, "strategies": ("tree-3-2-5",), "training": False},
+    "filtered": _filtered | {"strategies": ("chain-2",)},
+    "filtered tree": _filtered | {"strategies": ("tree-3-2-6",)},
 }
 
 
@@ -218,7 +229,7 @@ def engine(name):
     """One of the engines that all test modules share, warmed up once."""
     made = _engine(**_KINDS[name])
     target, draft = place(made, random_policy()), drafter_state(made, random_drafter())
-    if name != "filtered":  # it takes two stop tokens, and warming up is for one
+    if "filtered" not in name:  # they take two stop tokens, and warming up is for one
         made.warm_up(target, draft, buffers(made))
     return dataclasses.replace(made, warmed_up=made.pool.compiled)
 

@@ -22,7 +22,7 @@ CONFIG = RunConfig(
         group_size=4,
         max_response_length=40,
         row_buckets=(4,),
-        depths=(2,),
+        strategies=("tree-2-2-5",),
         length_buckets=(72,),
         chunk_tokens=12,
     ),

@@ -14,7 +14,7 @@ from pallas_kernels.verify_attention import verify_attention
 from tlt_jax import sharding
 from tlt_jax.kv_cache import LayerCache, write
 from tlt_jax.sampling import MASKED
-from tlt_jax.types import INVALID
+from tlt_jax.types import INVALID, UserError
 
 QUERY_BLOCK = 128
 # Query rows (tokens x query heads of a kv head) of one kernel call; twice as many do not fit VMEM.
@@ -29,24 +29,31 @@ def cached(
     lengths: jax.Array,
     *,
     draft_mask: jax.Array | None = None,
+    first_node: int = 0,
     backend: str,
 ) -> tuple[jax.Array, LayerCache]:
     """Writes T new tokens into the cache and lets them attend to it.
+
+    The new tokens are draft nodes `first_node + 0 .. T - 1` of those that follow committed tokens.
 
     Args:
       q: queries [B, T, N, H].
       k: new keys [B, T, K, H].
       v: new values [B, T, K, H].
       cache: the layer's cache, [B, K, S, H].
-      lengths: tokens already in the cache, [B] int32; the new ones go to `lengths + 0 .. T - 1`.
-      draft_mask: which new token sees which, [T, T] or [B, T, T] bool; None is a causal chain.
+      lengths: committed tokens in the cache, [B] int32; draft nodes follow from there on.
+      draft_mask: which new token sees which of M draft nodes, [T, M] or [B, T, M] bool with
+        M = first_node + T; None is a causal chain.
+      first_node: draft nodes that are in the cache already.
       backend: of `pallas_kernels.verify_attention`.
 
     Returns:
       The output [B, T, N, H] and the written cache.
     """
     with jax.named_scope("cache_write"):
-        cache = write(cache, k, v, lengths)
+        cache = write(cache, k, v, lengths + first_node)
+    if draft_mask is None:  # every node sees all before it, as it sees committed tokens
+        lengths = lengths + first_node
     with jax.named_scope("attention_scores"):
         if backend == "tpu":
             return _kernel_on_each_device(q, cache.k, cache.v, lengths, draft_mask), cache
@@ -86,8 +93,13 @@ def _kernel_in_blocks(
     attend = functools.partial(verify_attention, backend="tpu")
     count, group = q.shape[1], q.shape[2] // k.shape[1]
     block = max(KERNEL_ROWS // group, 1)
-    if draft_mask is not None or count <= block:
+    if count <= block:
         return attend(q, k, v, lengths, draft_mask)
+    if draft_mask is not None:
+        raise UserError(
+            f"a draft tree of {count} tokens, with {group} query heads to a kv head, does not fit "
+            f"the TPU kernel; verify at most {block} tokens."
+        )
     starts = range(0, count, block)
     blocks = [attend(q[:, start : start + block], k, v, lengths + start) for start in starts]
     return jnp.concatenate(blocks, axis=1)

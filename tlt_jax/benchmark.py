@@ -32,15 +32,18 @@ from tlt_jax import (
     sharding,
     spot_training,
     step_price,
+    validation,
     weights,
 )
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
+from tlt_jax.controller import FRESH, Controller
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.reporting.writers import write_atomically
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
 from tlt_jax.spot_training import DrafterState
+from tlt_jax.types import Strategy
 
 FIRST_BATCH = 1_000_000  # prompts that training does not reach
 TAIL_SHARE = 4  # the workload of few sequences makes a fourth of the tokens
@@ -70,6 +73,7 @@ class Runner:
     stop_tokens: tuple[int, ...]
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
+    controller: Controller = FRESH  # what the untimed pass has taught; timed ones begin with it
 
     def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None]:
         """Drafter state and buffer that a rollout begins with and may take."""
@@ -88,9 +92,23 @@ class Runner:
         state, buffer = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
-            self.programs, self.target, state, buffer, prompts, key, stop_tokens=self.stop_tokens
+            self.programs,
+            self.target,
+            state,
+            buffer,
+            prompts,
+            key,
+            stop_tokens=self.stop_tokens,
+            controller=self.controller,
         )
         return result, time.perf_counter() - start
+
+    def run_untimed(self, prompts: list[np.ndarray], key: jax.Array) -> list[Response]:
+        """One rollout whose records and controller are kept."""
+        result, _ = self.run(prompts, key)
+        self.chunks += result.chunks
+        self.controller = result.controller
+        return result.responses
 
 
 def modes(config: RunConfig, batch: int) -> list[Mode]:
@@ -101,8 +119,8 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     )
     slices = config.mesh.slices
     fixed = [
-        Mode(f"chain-{depth}", _fixed_depth(base, depth), slices, timed=True)
-        for depth in config.benchmark.depths
+        Mode(strategy, _throughout(base, strategy), slices, timed=True)
+        for strategy in config.benchmark.strategies
     ]
     plain = dataclasses.replace(base, speculate=False)
     compared = [
@@ -113,22 +131,23 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     ]
     others = [count for count in config.benchmark.other_slices if batch % count == 0]
     chunked = dataclasses.replace(base, chunk_tokens=config.benchmark.other_chunk_tokens)
-    deepest = max(config.benchmark.depths)  # one depth throughout, so that accept lengths compare
+    # One strategy throughout, so that accept lengths compare.
+    deepest = max(config.benchmark.strategies, key=lambda text: Strategy.parse(text).depth)
     return [
         *compared,
         *[Mode(f"plain, {count} slices", plain, count) for count in others],
         *[Mode(f"by bucket, {count} slices", base, count) for count in others],
-        Mode(f"chain-{deepest}, frozen drafter", _fixed_depth(base, deepest), slices, frozen=True),
+        Mode(f"{deepest}, frozen drafter", _throughout(base, deepest), slices, frozen=True),
         Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
     ]
 
 
-def _fixed_depth(base: RolloutConfig, depth: int) -> RolloutConfig:
-    longest = max(base.max_length + depth + 1, base.length_buckets[-1])
-    lengths = (*base.length_buckets[:-1], longest)
-    return dataclasses.replace(
-        base, depths=(depth,) * len(base.row_buckets), length_buckets=lengths
-    )
+def _throughout(base: RolloutConfig, strategy: str) -> RolloutConfig:
+    """The same strategy in every row bucket, and caches that hold what it writes."""
+    longest = base.max_length + Strategy.parse(strategy).written_slots
+    lengths = (*base.length_buckets[:-1], max(longest, base.length_buckets[-1]))
+    strategies = (strategy,) * len(base.row_buckets)
+    return dataclasses.replace(base, strategies=strategies, length_buckets=lengths)
 
 
 def make_runner(
@@ -151,7 +170,7 @@ def make_runner(
         widest = dataclasses.replace(
             widest,
             row_buckets=(rows, *widest.row_buckets),
-            depths=(widest.depths[0], *widest.depths),
+            strategies=(widest.strategies[0], *widest.strategies),
         )
         prices = drafter_config.rounds_per_microbatch
         drafter_config = dataclasses.replace(
@@ -261,10 +280,8 @@ def compare(
     while tokens < min_tokens:
         index = len(batches)
         batches.append(draw_batch(runners[0].mode.rollout, prompts, config.seed, index))
-        result, _ = runners[0].run(*batches[-1])
-        runners[0].chunks += result.chunks
-        expected.append(result.responses)
-        tokens += sum(len(r.response) for r in result.responses)
+        expected.append(runners[0].run_untimed(*batches[-1]))
+        tokens += sum(len(response.response) for response in expected[-1])
     timed = [runner for runner in runners if runner.mode.timed]
     kept = [runner.programs.pool for runner in timed]
     parted: dict[str, list[comparison.Parting]] = {runners[0].mode.name: []}
@@ -305,14 +322,13 @@ def check_mode(
     """Runs a mode untimed on all batches; returns where its tokens part from the expected."""
     found = []
     for (prompts, key), wanted in zip(batches, expected, strict=True):
-        result, _ = runner.run(prompts, key)
-        runner.chunks += result.chunks
+        responses = runner.run_untimed(prompts, key)
         found += comparison.partings(
             runner.target,
             config.policy,
             runner.programs.sampler(key, runner.stop_tokens),
             wanted,
-            result.responses,
+            responses,
             near_tie=config.benchmark.near_tie,
             row_length=config.rollout.length_buckets[-1],
         )
@@ -394,6 +410,7 @@ def main(argv: list[str]) -> None:
     config, workdir = command_line.start(
         argv, slices=lambda config: max([config.mesh.slices, *config.benchmark.other_slices])
     )
+    validation.validate_benchmark(config)
     jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
     benchmark(config, workdir)
     print(f"wrote {workdir / 'benchmark.json'}", flush=True)

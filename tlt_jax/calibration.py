@@ -50,7 +50,7 @@ def microbatch_seconds(
     buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))
 
     def timed(microbatches: int) -> float:
-        orders = programs.orders(rounds=microbatches * kind.block, index=0)
+        orders = programs.orders(kind.strategy, rounds=microbatches * kind.block, index=0)
         given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
         jax.block_until_ready(given)
         start = time.monotonic()

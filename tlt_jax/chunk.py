@@ -21,9 +21,9 @@ from tlt_jax import buffer as buffer_lib
 from tlt_jax import row_programs, sharding, spot_training
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import DrafterConfig, PolicyConfig
+from tlt_jax.drafting import Models
 from tlt_jax.sharding import SLICE
 from tlt_jax.speculation import (
-    Models,
     RolloutState,
     RoundStats,
     Sampler,
@@ -54,6 +54,7 @@ class ChunkOrders:
 
     rounds: jax.Array  # [] int32, most rounds
     index: jax.Array  # [] int32, of the chunk in its rollout; varies the microbatch draws
+    sharpness: jax.Array  # [d] float32, one for each draft depth, see `trees`
 
 
 @struct.dataclass
@@ -99,7 +100,7 @@ def chunk_program(
             total=spot_training.zero_sum(state.params) if kind.training else None,
             microbatches=jnp.int32(0),
         )
-        roll = functools.partial(_roll, models, config, kind.strategy, sampler)
+        roll = functools.partial(_roll, models, config, kind.strategy, sampler, orders.sharpness)
         loss = jnp.float32(jnp.nan)
         if kind.training:
             key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
@@ -191,12 +192,15 @@ def _roll(
     config: PolicyConfig,
     strategy: Strategy,
     sampler: Sampler,
+    sharpness: jax.Array,
     work: SliceWork,
     rounds: jax.Array,
 ) -> SliceWork:
     """Rounds until `rounds` have been run or nothing is live; then stores what ended."""
     with jax.named_scope("rollout"):
-        rows, stats = run_rounds(models, config, strategy, sampler, work.rows, work.stats, rounds)
+        rows, stats = run_rounds(
+            models, config, strategy, sampler, sharpness, work.rows, work.stats, rounds
+        )
     buffer = work.buffer
     if buffer is not None:
         buffer, rows = store_finished(buffer, rows)

@@ -73,10 +73,10 @@ class TaskConfig:
 class RolloutConfig:
     """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
 
-    `row_buckets` are rows per slice, falling; `depths` gives the draft depth in each of them
-    (0 is plain decoding). As rows shrink, lengths grow: the k-th row bucket in use has caches of
-    the k-th length bucket or longer. A sequence gains at most `chunk_tokens` tokens in a chunk, so
-    a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
+    `row_buckets` are rows per slice, falling; `strategies` gives the way of decoding in each of
+    them, in the written form of `types.Strategy`. As rows shrink, lengths grow: the k-th row bucket
+    in use has caches of the k-th length bucket or longer. A sequence gains at most `chunk_tokens`
+    tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
     """
 
     prompts_per_step: int = 4
@@ -88,7 +88,7 @@ class RolloutConfig:
     top_p: float = 1.0
     speculate: bool = True
     row_buckets: tuple[int, ...] = (16, 8, 4, 2, 1)
-    depths: tuple[int, ...] = (4, 4, 4, 4, 4)
+    strategies: tuple[str, ...] = ("chain-4",) * 5
     length_buckets: tuple[int, ...] = (144, 512)
     chunk_tokens: int = 72
 
@@ -109,17 +109,22 @@ class RolloutConfig:
     def strategy(self, rows: int) -> Strategy:
         """Strategy of the bucket of `rows` rows per slice."""
         if not self.speculate:
-            return Strategy(0)
-        return Strategy(self.depths[self.row_buckets.index(rows)])
+            return Strategy()
+        return Strategy.parse(self.strategies[self.row_buckets.index(rows)])
 
     def rounds(self, strategy: Strategy) -> int:
         """Most rounds of a chunk."""
-        return self.chunk_tokens // strategy.verify_tokens
+        return self.chunk_tokens // strategy.most_committed
 
     @property
     def slack(self) -> int:
         """Cache positions that a round may write beyond the longest sequence."""
-        return max(self.depths) + 1
+        return max(Strategy.parse(text).written_slots for text in self.strategies)
+
+    @property
+    def deepest(self) -> int:
+        """Greatest draft depth."""
+        return max(Strategy.parse(text).depth for text in self.strategies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +208,7 @@ class BenchmarkConfig:
     repeats: int = 5
     min_tokens: int = 20_000
     small_batch: int = 4
-    depths: tuple[int, ...] = (2, 4, 8)
+    strategies: tuple[str, ...] = ("chain-2", "chain-4", "chain-8")
     other_slices: tuple[int, ...] = (1, 4)
     other_chunk_tokens: int = 24
     near_tie: float = 1e-4

@@ -79,8 +79,12 @@ def decode(
     embedded: jax.Array,
     cache: LayerCache,
     lengths: jax.Array,
+    *,
+    draft_mask: jax.Array | None = None,
+    first_node: int = 0,
+    depth: int = 0,
 ) -> tuple[jax.Array, LayerCache]:
-    """Feeds T pairs per row against the drafter's cache.
+    """Feeds T pairs per row against the drafter's cache: a chain, or one level of a draft tree.
 
     Args:
       params: drafter parameters.
@@ -88,16 +92,33 @@ def decode(
       features: h[t] of each pair, [B, T, D].
       embedded: target embedding of x[t + 1], [B, T, D].
       cache: the drafter's cache.
-      lengths: index of the first pair, [B] int32; pairs go to slots `lengths + 0 .. T - 1`.
+      lengths: index of the first pair, [B] int32; pairs go to slots `lengths + first_node` and on.
+      draft_mask: which new pair sees which of a tree's nodes, [B, T, first_node + T] bool; None
+        says that the pairs follow one another.
+      first_node: draft nodes that are in the cache already.
+      depth: draft depth of the first new pair, of all of them in a tree; the position of a pair is
+        `lengths` plus its depth.
 
     Returns:
       Estimated features ~h[t + 1], [B, T, D], and the written cache.
     """
-    positions = lengths[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+    count = features.shape[1]
+    positions = lengths[:, None] + jnp.full(count, depth, jnp.int32)
+    if draft_mask is None:
+        positions = positions + jnp.arange(count, dtype=jnp.int32)
     written = []
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mixed, new = attention.cached(q, k, v, cache, lengths, backend=config.attention_backend)
+        mixed, new = attention.cached(
+            q,
+            k,
+            v,
+            cache,
+            lengths,
+            draft_mask=draft_mask,
+            first_node=first_node,
+            backend=config.attention_backend,
+        )
         written.append(new)
         return mixed
 

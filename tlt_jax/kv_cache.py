@@ -42,6 +42,22 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, starts: jax.Array) -> L
     return jax.lax.optimization_barrier(LayerCache(k=place(cache.k, k), v=place(cache.v, v)))
 
 
+def move(cache: LayerCache, starts: jax.Array, path: jax.Array) -> LayerCache:
+    """Moves the entries of an accepted path together: `starts + path[:, j]` to `starts + j`.
+
+    Args:
+      cache: the layer's cache.
+      starts: position of the draft tree's first node, [B] int32.
+      path: node at each depth, [B, T] int32.
+    """
+    places = (starts[:, None] + path)[:, None, :, None]  # [B, 1, T, 1]
+
+    def moved(whole: jax.Array) -> jax.Array:
+        return put_rows(whole, jnp.take_along_axis(whole, places, axis=2), starts, axis=2)
+
+    return jax.lax.optimization_barrier(LayerCache(k=moved(cache.k), v=moved(cache.v)))
+
+
 def put_rows(whole: jax.Array, new: jax.Array, starts: jax.Array, *, axis: int) -> jax.Array:
     """Writes `new` into `whole` in place, row b from `starts[b]` on along `axis`; B rows lead.
 

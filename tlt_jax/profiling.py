@@ -115,8 +115,8 @@ def round_profile(
         rows = programs.compact(rows, bucket)
         kind = programs.kind(bucket, training=False)
         room = config.length_buckets[0] - config.max_prompt_length - config.slack
-        rounds = min(config.chunk_tokens, room) // kind.strategy.verify_tokens
-        orders = programs.orders(rounds=rounds, index=0)
+        rounds = min(config.chunk_tokens, room) // kind.strategy.most_committed
+        orders = programs.orders(kind.strategy, rounds=rounds, index=0)
         given = target, drafter_state, None, sampler, orders, rows
         program = programs.chunk_program(kind, given)
         seconds = seconds_by_scope(program, functools.partial(_undonated, given))

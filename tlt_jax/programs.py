@@ -18,6 +18,7 @@ from tlt_jax import chunk, row_programs, sampling, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
+from tlt_jax.controller import FRESH, Controller
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
@@ -82,11 +83,14 @@ class RolloutPrograms:
         )
         return jax.device_put(made, sharding.replicated(self.mesh))
 
-    def orders(self, *, rounds: int, index: int) -> ChunkOrders:
-        """One chunk's orders as device data."""
-        numbers = np.int32(rounds), np.int32(index)
+    def orders(
+        self, strategy: Strategy, *, rounds: int, index: int, controller: Controller = FRESH
+    ) -> ChunkOrders:
+        """Orders for one chunk of a strategy as device data."""
+        sharpness = np.asarray(controller.sharpness(strategy.depth), np.float32)
+        numbers = np.int32(rounds), np.int32(index), sharpness
         placed = jax.device_put(numbers, sharding.replicated(self.mesh))
-        return ChunkOrders(rounds=placed[0], index=placed[1])
+        return ChunkOrders(rounds=placed[0], index=placed[1], sharpness=placed[2])
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
         """Rows of a new batch; see `row_programs.prefill_program` for the arguments."""
@@ -136,13 +140,13 @@ class RolloutPrograms:
     ) -> None:
         """Compiles every program that a rollout of this configuration can need, and `extra`."""
         sampler = self.sampler(jax.random.key(0), (0,))
-        orders = self.orders(rounds=0, index=0)
         buckets = self.buckets
         jobs: list[Callable[[], Any]] = list(extra)
         for length in self.rollout.length_buckets:
             for rows in buckets:
                 shapes = self._state_shapes(target, rows, length)
                 for kind in self._kinds(rows) if length >= self.least_length(rows) else ():
+                    orders = self.orders(kind.strategy, rounds=0, index=0)
                     arguments = (target, drafter_state, buffer, sampler, orders, shapes)
                     jobs.append(functools.partial(self.chunk_program, kind, arguments))
                 if length != self.rollout.length_buckets[-1]:

@@ -17,6 +17,7 @@ import optax
 from tlt_jax import advantages, learner, metrics, packing, policy, rollout, sampling, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import RunConfig
+from tlt_jax.controller import Controller
 from tlt_jax.learner import LearnerState
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
@@ -34,7 +35,7 @@ class RunState:
     rollout_params: Any  # the policy's current parameters, rollout layout
     drafter: DrafterState | None
     buffer: DrafterBuffer | None
-    idle_credit: float = 0.0
+    controller: Controller
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds besides plain numbers; rollout parameters are derived."""
@@ -124,7 +125,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         rollout_params=rollout_params,
         drafter=result.drafter_state,
         buffer=result.buffer,
-        idle_credit=result.idle_credit,
+        controller=result.controller,
     )
     return StepOutcome(state=new_state, row=row, chunks=result.chunks)
 
@@ -153,7 +154,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
         [prompt["prompt_ids"] for prompt in asked],
         machinery.step_key(state.steps_done),
         stop_tokens=machinery.stop_tokens,
-        idle_credit=state.idle_credit,
+        controller=state.controller,
         on_finished=reward,
     )
     ended = time.monotonic()

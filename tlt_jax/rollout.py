@@ -17,6 +17,7 @@ import numpy as np
 from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkReport
+from tlt_jax.controller import FRESH, Controller, calibrate
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
@@ -60,6 +61,7 @@ class ChunkRecord:
     committed: list[int]  # tokens
     row_rounds: list[int]  # live rows summed over rounds
     accepted: list[int]  # by draft position, all slices
+    expected: list[float]  # the same as estimated by the scores of trees, 0 for chains
     draft_loss: float | None
     drafter_version: int
 
@@ -72,7 +74,7 @@ class RolloutResult:
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
     chunks: list[ChunkRecord]
-    idle_credit: float  # microbatches saved up for training between steps
+    controller: Controller
 
 
 @dataclasses.dataclass
@@ -87,6 +89,7 @@ class _Flight:
     longest: int
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
+    controller: Controller
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
 
@@ -107,7 +110,7 @@ def run(
     key: jax.Array,
     *,
     stop_tokens: tuple[int, ...],
-    idle_credit: float = 0.0,
+    controller: Controller = FRESH,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
     """Generates one response per prompt.
@@ -120,7 +123,7 @@ def run(
       prompts: token ids of each sequence, [length] int32 each.
       key: the step's key; with the same key, weights and prompts come the same tokens.
       stop_tokens: any of these ends a response.
-      idle_credit: microbatches saved up for training between steps (one slice only).
+      controller: what chunks before this rollout have taught.
       on_finished: called on this thread for each response as soon as it ended.
 
     Raises:
@@ -137,6 +140,7 @@ def run(
         longest=int(batch[1].max()),
         drafter_state=drafter_state,
         buffer=buffer,
+        controller=controller,
         began=began,
         chunks=[],
     )
@@ -146,13 +150,13 @@ def run(
             responses[response.sequence] = response
             on_finished(response)
     if programs.training and programs.slices == 1:
-        idle_credit = _train_between_steps(programs, flight, idle_credit)
+        _train_between_steps(programs, flight)
     return RolloutResult(
         responses=[responses[sequence] for sequence in range(len(prompts))],
         drafter_state=flight.drafter_state,
         buffer=flight.buffer,
         chunks=flight.chunks,
-        idle_credit=idle_credit,
+        controller=flight.controller,
     )
 
 
@@ -215,7 +219,7 @@ def _room(programs: RolloutPrograms, flight: _Flight) -> int:
     wanted = programs.rollout.rounds(strategy)
     if length == programs.rollout.length_buckets[-1]:
         return wanted
-    room = (length - programs.rollout.slack - flight.longest) // strategy.verify_tokens
+    room = (length - programs.rollout.slack - flight.longest) // strategy.most_committed
     return 0 if room < math.ceil(wanted / 2) else min(room, wanted)
 
 
@@ -226,7 +230,9 @@ def _launch(
     before = flight.live_by_slice(programs.slices)
     index = len(flight.chunks)
     start = time.monotonic()
-    orders = programs.orders(rounds=rounds, index=index)
+    orders = programs.orders(
+        kind.strategy, rounds=rounds, index=index, controller=flight.controller
+    )
     flight.drafter_state, flight.buffer, flight.rows, report = programs.chunk(
         kind,
         flight.target,
@@ -238,7 +244,7 @@ def _launch(
     )
     told, flight.live, lengths = sharding.to_host((report, flight.rows.live, flight.rows.length))
     flight.longest = int(lengths.max())
-    return ChunkRecord(
+    record = ChunkRecord(
         chunk=index,
         start=start - flight.began,
         seconds=time.monotonic() - start,
@@ -248,6 +254,11 @@ def _launch(
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
+    if not kind.strategy.is_chain:
+        flight.controller = calibrate(
+            flight.controller, sum(record.row_rounds), record.accepted, record.expected
+        )
+    return record
 
 
 def _by_slice(told: ChunkReport, live: np.ndarray, *, training: bool) -> dict[str, Any]:
@@ -262,6 +273,7 @@ def _by_slice(told: ChunkReport, live: np.ndarray, *, training: bool) -> dict[st
         "committed": told.stats.committed.tolist(),
         "row_rounds": told.stats.row_rounds.tolist(),
         "accepted": told.stats.accepted.sum(axis=0).tolist(),
+        "expected": told.stats.expected.sum(axis=0).tolist(),
         "draft_loss": None if math.isnan(loss) else loss,
         "drafter_version": int(told.draft_version[0]),
     }
@@ -286,20 +298,20 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
     ]
 
 
-def _train_between_steps(programs: RolloutPrograms, flight: _Flight, credit: float) -> float:
+def _train_between_steps(programs: RolloutPrograms, flight: _Flight) -> None:
     """One slice is never idle: it trains after the rollout, for a share of its rounds.
 
     The chunk program serves here too: all rows have ended, so every block is a microbatch. What
-    does not buy a whole one is saved up; returns what is left.
+    does not buy a whole one is saved up.
     """
     share = programs.drafter.between_steps_budget
-    credit += share * sum(
+    credit = flight.controller.idle_credit + share * sum(
         record.rounds_run[0] / programs.kind(record.rows, training=True).block
         for record in flight.chunks
     )
     microbatches = math.floor(credit)
+    flight.controller = dataclasses.replace(flight.controller, idle_credit=credit - microbatches)
     if microbatches == 0:
-        return credit
+        return
     kind = programs.kind(flight.bucket(programs), training=True)
     flight.chunks.append(_launch(programs, flight, kind, microbatches * kind.block))
-    return credit - microbatches

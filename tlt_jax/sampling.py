@@ -75,9 +75,14 @@ def process_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
     return jnp.where(logits >= threshold, logits, MASKED)
 
 
+def noisy(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax.Array:
+    """Processed logits plus noise at the temperature's scale, [..., V] each."""
+    return processed + params.temperature * noise
+
+
 def pick(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax.Array:
     """The coupled sample: [...] int32 from processed logits and noise, both [..., V]."""
-    return jnp.argmax(processed + params.temperature * noise, axis=-1).astype(jnp.int32)
+    return jnp.argmax(noisy(processed, noise, params), axis=-1).astype(jnp.int32)
 
 
 def log_probs(processed: jax.Array, tokens: jax.Array, params: SamplingParams) -> jax.Array:

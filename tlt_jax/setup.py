@@ -24,6 +24,7 @@ from tlt_jax import (
     weights,
 )
 from tlt_jax.config import RunConfig
+from tlt_jax.controller import FRESH
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.spot_training import DrafterState
@@ -134,6 +135,7 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
         rollout_params=params,
         drafter=draft,
         buffer=buffer,
+        controller=FRESH,
     )
 
 

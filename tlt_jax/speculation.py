@@ -3,28 +3,30 @@
 A row with n committed tokens x[0] .. x[n - 1] holds target keys, values and features of tokens
 0 .. n - 2; x[n - 1] is pending. A round of depth d
 
-1. *drafts*: the drafter catches up on the pairs that became known in the last round, then guesses
-   x[n] .. x[n + d - 1] under the very noise that the target will be sampled with;
-2. *verifies*: one target pass over the pending token and the d drafts gives the tokens the target
-   takes at n .. n + d, their log-probabilities, and the features of n - 1 .. n - 1 + d;
-3. *commits*: the drafts that equal the target's tokens, and the target's own next token.
+1. *drafts*: the drafter grows a tree of guesses at x[n] .. x[n + d - 1] under the very noise that
+   the target will be sampled with;
+2. *verifies*: one target pass over the pending token and the drafts gives what the target takes
+   after each of them, the log-probabilities, and the features;
+3. *commits*: the path of drafts that equal the target's tokens, and the target's own next token.
+   Of a tree the path's keys and values are moved to where they belong; of a chain they lie there.
 
 What a round writes beyond the committed tokens is overwritten by the next one. Verification is
 `coupled` (design: drafter invariance): tokens depend on target, prompt and key alone.
 
-Axes: B rows, S cache length, D width, d draft depth, V vocabulary.
+Axes: B rows, S cache length, D width, d draft depth, M verified tokens, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import drafter, kv_cache, policy, sampling
+from tlt_jax import drafter, drafting, kv_cache, policy, sampling, trees
 from tlt_jax.config import PolicyConfig
+from tlt_jax.drafting import DraftInputs, Models
 from tlt_jax.kv_cache import LayerCache
+from tlt_jax.trees import Tree
 from tlt_jax.types import SamplingParams, Strategy
 
 
@@ -53,14 +55,7 @@ class RoundStats:
     row_rounds: jax.Array  # [] int32, live rows summed over rounds
     committed: jax.Array  # [] int32, tokens
     accepted: jax.Array  # [d] int32, rows whose first j + 1 drafts were accepted
-
-
-@struct.dataclass
-class Models:
-    """Weights that a round reads."""
-
-    target: Any
-    draft: Any  # None when no drafter takes part
+    expected: jax.Array  # [d] float32, the same as the drafter estimated it; 0 for chains
 
 
 @struct.dataclass
@@ -79,6 +74,7 @@ def zero_stats(strategy: Strategy) -> RoundStats:
         row_rounds=zero,
         committed=zero,
         accepted=jnp.zeros((strategy.depth,), jnp.int32),
+        expected=jnp.zeros((strategy.depth,), jnp.float32),
     )
 
 
@@ -88,10 +84,16 @@ def _put(whole: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     return kv_cache.put_rows(whole, new.astype(whole.dtype), starts, axis=1)
 
 
-def _draft_rows(state: RolloutState) -> tuple[jax.Array, LayerCache]:
-    """Features and drafter cache of rows that a drafter takes part in."""
+def _draft_inputs(state: RolloutState) -> DraftInputs:
+    """What the drafter knows of rows that it takes part in."""
     assert state.features is not None and state.draft_cache is not None
-    return state.features, state.draft_cache
+    return DraftInputs(
+        tokens=state.tokens,
+        features=state.features,
+        cache=state.draft_cache,
+        cached=state.draft_length,
+        length=state.length,
+    )
 
 
 def refresh_draft_cache(
@@ -104,18 +106,18 @@ def refresh_draft_cache(
     """
     if strategy.is_plain:
         return state
-    features, draft_cache = _draft_rows(state)
+    inputs = _draft_inputs(state)
     lag = state.length - 1 - state.draft_length
-    stale = jnp.any(state.live & (lag > strategy.verify_tokens))
+    stale = jnp.any(state.live & (lag > strategy.most_committed))
 
     def refresh(state: RolloutState) -> RolloutState:
         following = jnp.roll(state.tokens, -1, axis=1)
         _, cache = drafter.decode(
             models.draft,
             config,
-            features,
+            inputs.features,
             policy.embed(models.target, following),
-            draft_cache,
+            inputs.cache,
             jnp.zeros_like(state.length),
         )
         known = jnp.maximum(state.length - 2, 0)
@@ -124,75 +126,42 @@ def refresh_draft_cache(
     return jax.lax.cond(stale, refresh, lambda s: s, state)
 
 
-def draft_chain(
-    models: Models,
-    config: PolicyConfig,
-    params: SamplingParams,
-    noise: jax.Array,
-    state: RolloutState,
-) -> tuple[jax.Array, LayerCache]:
-    """Guesses d tokens per row.
-
-    Args:
-      models: target and drafter.
-      config: the policy's shape.
-      params: sampling parameters; the drafter samples as the target will.
-      noise: [B, d, V], the target's own noise of positions `length + 0 .. d - 1`.
-      state: the rows.
-
-    Returns:
-      Drafts [B, d] int32 and the drafter's written cache.
-    """
-    depth = noise.shape[1]
-    features, cache = _draft_rows(state)
-    start = state.draft_length
-    estimates, cache = drafter.decode(
-        models.draft,
-        config,
-        kv_cache.take_rows(features, start, depth + 1),
-        policy.embed(models.target, kv_cache.take_rows(state.tokens, start + 1, depth + 1)),
-        cache,
-        start,
-    )
-    newest = jnp.clip(state.length - 2 - start, 0, depth)
-    hidden = jnp.take_along_axis(estimates, newest[:, None, None], axis=1)  # [B, 1, D]
-    drafts = []
-    for index in range(depth):
-        logits = policy.logits(models.target, hidden[:, 0])
-        drafts.append(
-            sampling.pick(sampling.process_logits(logits, params), noise[:, index], params)
-        )
-        if index + 1 < depth:
-            embedded = policy.embed(models.target, drafts[-1][:, None])
-            slot = state.length - 1 + index
-            hidden, cache = drafter.decode(models.draft, config, hidden, embedded, cache, slot)
-    return jnp.stack(drafts, axis=1), cache
-
-
 def count_committed(
-    drafts: jax.Array, taken: jax.Array, state: RolloutState, stop_tokens: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How much of a verified chain is kept.
+    accepted: jax.Array, taken: jax.Array, state: RolloutState, stop_tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How much of a verified path is kept.
 
     Args:
-      drafts: [B, d] int32.
-      taken: the target's own tokens at the drafts' positions and one further, [B, d + 1].
+      accepted: [B] int32, accepted drafts as if nothing stopped.
+      taken: the target's own tokens along the path and one further, [B, d + 1] int32.
       state: the rows before the round.
       stop_tokens: any of these ends a row.
 
     Returns:
-      Committed tokens [B] int32 (0 where not live), whether the row is still live [B], and
-      accepted drafts [B] int32 as if nothing stopped.
+      Committed tokens [B] int32 (0 where not live), and whether the row is still live [B].
     """
-    same = (drafts == taken[:, :-1]).astype(jnp.int32)
-    accepted = jnp.sum(jnp.cumprod(same, axis=1), axis=1)
     index = jnp.arange(taken.shape[1])
     stops = jnp.any(taken[..., None] == stop_tokens, axis=-1)
     first_stop = jnp.min(jnp.where(stops, index, taken.shape[1]), axis=1)
     count = jnp.minimum(jnp.minimum(accepted, first_stop) + 1, state.limit - state.length)
     stopped = first_stop < count
     live = state.live & ~stopped & (state.length + count < state.limit)
-    return jnp.where(state.live, count, 0), live, accepted
+    return jnp.where(state.live, count, 0), live
+
+
+@struct.dataclass
+class _Verified:
+    """What the target says of a round's tokens, the path of accepted drafts first.
+
+    Of a tree the entries are those of the path and after it meaningless; of a chain they are those
+    of all its tokens.
+    """
+
+    taken: jax.Array  # [B, d + 1] int32
+    log_probs: jax.Array  # [B, d + 1] float32
+    hidden: jax.Array  # [B, d + 1, D]
+    accepted: jax.Array  # [B] int32, drafts
+    expected: jax.Array  # [B, d] float32, estimated acceptance
 
 
 def run_round(
@@ -200,6 +169,7 @@ def run_round(
     config: PolicyConfig,
     strategy: Strategy,
     sampler: Sampler,
+    sharpness: jax.Array,
     state: RolloutState,
     stats: RoundStats,
 ) -> tuple[RolloutState, RoundStats]:
@@ -209,55 +179,91 @@ def run_round(
             sampler.key,
             state.sequence_ids,
             state.length,
-            count=strategy.verify_tokens,
+            count=strategy.most_committed,
             vocab_size=config.vocab_size,
         )
-    pending = state.length - 1
-    query = kv_cache.take_rows(state.tokens, pending, 1)
-    drafts = jnp.zeros((query.shape[0], 0), jnp.int32)
-    if not strategy.is_plain:
+    if strategy.is_plain:
+        pending = kv_cache.take_rows(state.tokens, state.length - 1, 1)[:, 0]
+        tree = trees.prune(pending, trees.no_candidates(pending), depth=0, verify_tokens=1)
+    else:
         with jax.named_scope("draft"):
-            drafts, draft_cache = draft_chain(models, config, sampler.params, noise[:, :-1], state)
-        query = jnp.concatenate([query, drafts], axis=1)
-        state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=pending)
-
-    with jax.named_scope("verify"):
-        hidden, _, cache = policy.decode(models.target, config, query, state.cache, pending)
-    with jax.named_scope("head"):
-        processed = sampling.process_logits(policy.logits(models.target, hidden), sampler.params)
-        taken = sampling.pick(processed, noise, sampler.params)
-        log_probs = sampling.log_probs(processed, taken, sampler.params)
-
+            tree, draft_cache = drafting.draft_tree(
+                models,
+                config,
+                strategy,
+                sampler.params,
+                sharpness,
+                noise[:, :-1],
+                _draft_inputs(state),
+            )
+        state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=state.length - 1)
+    cache, verified = _verify(models, config, strategy, sampler, noise, tree, state)
     with jax.named_scope("commit"):
         state = dataclasses.replace(state, cache=cache)
-        return _commit(state, stats, drafts, taken, log_probs, hidden, sampler.stop_tokens)
+        return _commit(state, stats, verified, sampler.stop_tokens)
+
+
+def _verify(
+    models: Models,
+    config: PolicyConfig,
+    strategy: Strategy,
+    sampler: Sampler,
+    noise: jax.Array,
+    tree: Tree,
+    state: RolloutState,
+) -> tuple[tuple[LayerCache, ...], _Verified]:
+    """One target pass over the tree, and the path that it accepts; `noise` is [B, d + 1, V]."""
+    pending = state.length - 1
+    branches = not strategy.is_chain
+    with jax.named_scope("verify"):
+        hidden, _, cache = policy.decode(
+            models.target,
+            config,
+            tree.tokens,
+            state.cache,
+            pending,
+            draft_mask=tree.mask if branches else None,
+            depths=tree.depths if branches else None,
+        )
+    with jax.named_scope("head"):
+        processed = sampling.process_logits(policy.logits(models.target, hidden), sampler.params)
+        noise = trees.take(noise, tree.depths) if branches else noise
+        taken = sampling.pick(processed, noise, sampler.params)
+        log_probs = sampling.log_probs(processed, taken, sampler.params)
+    with jax.named_scope("commit"):
+        expected = jnp.zeros((taken.shape[0], strategy.depth), jnp.float32)
+        if not branches:
+            accepted = trees.accepted_in_chain(tree.tokens, taken)
+        else:
+            found = trees.accepted_nodes(tree, taken)
+            accepted, path = trees.accepted_path(tree, found, depth=strategy.depth)
+            expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
+            taken, log_probs, hidden = (trees.take(x, path) for x in (taken, log_probs, hidden))
+            cache = tuple(kv_cache.move(layer, pending, path) for layer in cache)
+    return cache, _Verified(taken, log_probs, hidden, accepted, expected)
 
 
 def _commit(
-    state: RolloutState,
-    stats: RoundStats,
-    drafts: jax.Array,
-    taken: jax.Array,
-    log_probs: jax.Array,
-    hidden: jax.Array,
-    stop_tokens: jax.Array,
+    state: RolloutState, stats: RoundStats, verified: _Verified, stop_tokens: jax.Array
 ) -> tuple[RolloutState, RoundStats]:
-    """Keeps what was verified: tokens, log-probabilities [B, d + 1] and features [B, d + 1, D]."""
-    count, live, accepted = count_committed(drafts, taken, state, stop_tokens)
-    reached = accepted[:, None] > jnp.arange(drafts.shape[1])
+    """Keeps what was verified and accepted, as far as no stop or limit comes before."""
+    count, live = count_committed(verified.accepted, verified.taken, state, stop_tokens)
+    depth = verified.expected.shape[1]
+    reached = verified.accepted[:, None] > jnp.arange(depth)
     stats = RoundStats(
         rounds=stats.rounds + 1,
         row_rounds=stats.row_rounds + jnp.sum(state.live),
         committed=stats.committed + jnp.sum(count),
         accepted=stats.accepted + jnp.sum(state.live[:, None] & reached, axis=0),
+        expected=stats.expected + jnp.sum(state.live[:, None] * verified.expected, axis=0),
     )
     features = state.features
     if features is not None:
-        features = _put(features, hidden, state.length - 1)
+        features = _put(features, verified.hidden, state.length - 1)
     state = dataclasses.replace(
         state,
-        tokens=_put(state.tokens, taken, state.length),
-        log_probs=_put(state.log_probs, log_probs, state.length),
+        tokens=_put(state.tokens, verified.taken, state.length),
+        log_probs=_put(state.log_probs, verified.log_probs, state.length),
         features=features,
         length=state.length + count,
         live=live,
@@ -270,6 +276,7 @@ def run_rounds(
     config: PolicyConfig,
     strategy: Strategy,
     sampler: Sampler,
+    sharpness: jax.Array,
     state: RolloutState,
     stats: RoundStats,
     rounds: jax.Array,
@@ -284,6 +291,6 @@ def run_rounds(
         return (stats.rounds < rounds) & jnp.any(state.live)
 
     def body(carry: tuple[RolloutState, RoundStats]) -> tuple[RolloutState, RoundStats]:
-        return run_round(models, config, strategy, sampler, *carry)
+        return run_round(models, config, strategy, sampler, sharpness, *carry)
 
     return jax.lax.while_loop(more, body, (state, stats))

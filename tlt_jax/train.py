@@ -15,6 +15,7 @@ import jax
 from tlt_jax import command_line, setup, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import RunConfig
+from tlt_jax.controller import Controller
 from tlt_jax.reporting import plots, summary
 from tlt_jax.reporting.writers import (
     JsonlWriter,
@@ -131,7 +132,7 @@ def save(checkpoints: Checkpoints, config: RunConfig, state: RunState) -> None:
     record = {
         "steps_done": state.steps_done,
         "seed": config.seed,
-        "idle_credit": state.idle_credit,
+        "controller": state.controller.to_record(),
     }
     checkpoints.save(state.steps_done, state.arrays(), record)
 
@@ -146,7 +147,7 @@ def resume(machinery: Machinery, state: RunState, checkpoints: Checkpoints) -> R
     return RunState(
         steps_done=record["steps_done"],
         rollout_params=to_rollout_layout(machinery, arrays["learner"].params),
-        idle_credit=record["idle_credit"],
+        controller=Controller.from_record(record["controller"]),
         **arrays,
     )
 

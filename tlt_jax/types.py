@@ -23,25 +23,82 @@ class Role(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Strategy:
-    """How a chunk decodes: `depth` drafted tokens a round, or plain decoding when `depth` is 0."""
+    """How a chunk decodes: what is drafted in a round, and how many tokens are verified.
+
+    A draft tree is `depth` tokens deep. At each level the `top_k` most promising nodes get `top_k`
+    children each, and of all nodes the most promising are verified: with the pending token,
+    `verify_tokens` of them. A chain is the tree of `top_k` 1, which is verified whole, and plain
+    decoding the chain of depth 0. `verify_tokens` 0 stands for all nodes.
+
+    Written `plain`, `chain-DEPTH` or `tree-DEPTH-TOPK-VERIFY`.
+    """
 
     depth: int = 0
+    top_k: int = 1
+    verify_tokens: int = 0
 
     def __post_init__(self):
-        if self.depth < 0:
-            raise UserError(f"strategy depth is {self.depth}; it must be 0 (plain) or more.")
+        if self.depth < 0 or self.top_k < 1:
+            raise UserError(
+                f"strategy depth is {self.depth} and top-k {self.top_k}; depth must be 0 (plain) "
+                "or more, top-k 1 (a chain) or more."
+            )
+        if self.is_plain and self.top_k > 1:
+            raise UserError(f"strategy depth is 0 (plain), so top-k must be 1, not {self.top_k}.")
+        if self.verify_tokens == 0:
+            object.__setattr__(self, "verify_tokens", 1 + self.candidates)
+        if not self.depth < self.verify_tokens <= 1 + self.candidates:
+            raise UserError(
+                f"strategy verifies {self.verify_tokens} tokens; with depth {self.depth} and top-k "
+                f"{self.top_k} it can be {self.depth + 1} to {1 + self.candidates}."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Strategy":
+        """The strategy of its written form.
+
+        Raises:
+          UserError: no such form, or numbers that do not fit together.
+        """
+        kind, *numbers = text.split("-")
+        count = {"plain": 0, "chain": 1, "tree": 3}.get(kind)
+        if len(numbers) != count or not all(number.isdecimal() for number in numbers):
+            raise UserError(
+                f"there is no strategy '{text}'; write 'plain', 'chain-4' (depth 4) or "
+                "'tree-6-4-16' (depth 6, top-k 4, 16 tokens verified)."
+            )
+        return cls(*map(int, numbers))
 
     @property
     def is_plain(self) -> bool:
         return self.depth == 0
 
     @property
-    def verify_tokens(self) -> int:
-        """Query tokens of one verifying pass: the pending token and the drafts."""
+    def is_chain(self) -> bool:
+        """Whether each node has one child, so that all drafts lie on one path."""
+        return self.top_k == 1
+
+    @property
+    def candidates(self) -> int:
+        """Nodes of the whole tree: children of the pending token, then of `top_k` nodes a level."""
+        return self.top_k + (self.depth - 1) * self.top_k**2 if self.depth else 0
+
+    @property
+    def most_committed(self) -> int:
+        """Tokens that a round can add to a sequence: a path of drafts and the target's own."""
         return self.depth + 1
 
+    @property
+    def written_slots(self) -> int:
+        """Cache positions from the pending token on that a round writes, drafter's included."""
+        return max(self.verify_tokens, 1 + self.top_k * (self.depth - 1))
+
     def __str__(self) -> str:
-        return "plain" if self.is_plain else f"chain-{self.depth}"
+        if self.is_plain:
+            return "plain"
+        if self.is_chain:
+            return f"chain-{self.depth}"
+        return f"tree-{self.depth}-{self.top_k}-{self.verify_tokens}"
 
 
 @struct.dataclass

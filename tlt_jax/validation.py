@@ -1,7 +1,7 @@
 """Checks that the parts of a configuration fit together; they need no device."""
 
 from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig
-from tlt_jax.types import UserError
+from tlt_jax.types import Strategy, UserError
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -16,7 +16,7 @@ def validate(config: RunConfig) -> RunConfig:
       UserError: the first impossible combination found.
     """
     _validate_policy(config.policy, config.mesh)
-    _validate_rollout(config.rollout, config.mesh)
+    _validate_rollout(config.rollout, config.mesh, config.policy)
     _validate_training(config)
     return config
 
@@ -57,7 +57,7 @@ def _validate_policy(policy: PolicyConfig, mesh: MeshConfig) -> None:
     )
 
 
-def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
+def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyConfig) -> None:
     for name in ("prompts_per_step", "max_prompt_length", "max_response_length"):
         value = getattr(rollout, name)
         _require(value >= 1, f"config.rollout.{name} is {value}; it must be at least 1.")
@@ -80,10 +80,11 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
         f"{rollout.num_sequences} sequences on {mesh.slices} slices need {rows}.",
     )
     _require(
-        len(rollout.depths) == len(buckets) and min(rollout.depths) >= 0,
-        f"config.rollout.depths is {rollout.depths}; it must hold one depth of 0 or more for each "
-        f"of the {len(buckets)} row buckets.",
+        len(rollout.strategies) == len(buckets),
+        f"config.rollout.strategies is {rollout.strategies}; it must hold one strategy for each of "
+        f"the {len(buckets)} row buckets.",
     )
+    _check_strategies("config.rollout.strategies", rollout.strategies, policy)
     lengths = rollout.length_buckets
     slack = rollout.slack
     _require(
@@ -104,10 +105,44 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig) -> None:
     _require(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}; use (0, 1].")
     _require(rollout.top_k >= 0, "config.rollout.top_k must be 0 (off) or more.")
     _require(
-        rollout.chunk_tokens >= slack,
+        rollout.chunk_tokens > rollout.deepest,
         f"config.rollout.chunk_tokens is {rollout.chunk_tokens}; one round of the deepest strategy "
-        f"needs {slack}.",
+        f"can add {rollout.deepest + 1} tokens.",
     )
+
+
+def validate_benchmark(config: RunConfig) -> None:
+    """Further checks for the benchmark, which drafts deeper than a run may.
+
+    Raises:
+      UserError: the first impossible combination found.
+    """
+    benchmark, rollout = config.benchmark, config.rollout
+    _check_strategies("config.benchmark.strategies", benchmark.strategies, config.policy)
+    _require(bool(benchmark.strategies), "config.benchmark.strategies is empty; name one or more.")
+    deepest = max(Strategy.parse(text).depth for text in benchmark.strategies)
+    for name, tokens, depth in (
+        ("rollout.chunk_tokens", rollout.chunk_tokens, deepest),
+        ("benchmark.other_chunk_tokens", benchmark.other_chunk_tokens, rollout.deepest),
+    ):
+        _require(
+            tokens > depth,
+            f"config.{name} is {tokens}; the benchmark drafts {depth} deep in such chunks, and a "
+            f"round of that can add {depth + 1} tokens.",
+        )
+
+
+def _check_strategies(where: str, strategies: tuple[str, ...], policy: PolicyConfig) -> None:
+    for text in strategies:
+        try:
+            strategy = Strategy.parse(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        _require(
+            strategy.top_k <= policy.vocab_size,
+            f"{where}: {text} asks for {strategy.top_k} different tokens, but config.policy."
+            f"vocab_size is {policy.vocab_size}.",
+        )
 
 
 def _validate_training(config: RunConfig) -> None:

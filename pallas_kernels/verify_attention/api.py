@@ -18,7 +18,7 @@ def verify_attention(
     *,
     backend: str,
 ) -> jax.Array:
-    """Lets T draft-tree tokens per row attend to that row's KV cache.
+    """Lets T tokens of a draft tree attend to their row's KV cache.
 
     Query `t` of row `b` sees cache position `s` iff `s < lengths[b]` (committed), or
     `s == lengths[b] + u` for a draft node `u` with `draft_mask[..., t, u]`. Softmax is taken in
@@ -28,17 +28,20 @@ def verify_attention(
                      1 1 0                     1 1 1 1 0 0
                      1 0 1                     1 1 1 0 1 0
 
+    A tree of M nodes may be fed level by level: the queries are then some of its nodes, T < M, and
+    the mask has the rows of these alone.
+
     Args:
       q: queries [B, T, N, H], unscaled, float32 or bfloat16.
       k: cached keys [B, K, S, H] of q's dtype, N a multiple of K; query head `n` reads kv head
-        `n // (N // K)`. The draft tokens' keys are already at positions
-        `lengths[b] .. lengths[b] + T - 1`. Everything beyond may hold any finite value.
+        `n // (N // K)`. The draft nodes' keys are already at positions
+        `lengths[b] .. lengths[b] + M - 1`. Everything beyond may hold any finite value.
       v: cached values [B, K, S, H] of q's dtype, laid out as `k`.
-      lengths: committed cache positions before the draft tokens [B], int32, in tokens. The caller
-        keeps `0 <= lengths[b]` and `lengths[b] + T <= S`: this is not checked (the values are
+      lengths: committed cache positions before the draft nodes [B], int32, in tokens. The caller
+        keeps `0 <= lengths[b]` and `lengths[b] + M <= S`: this is not checked (the values are
         known on the device only), and a row that breaks it gets a meaningless result.
-      draft_mask: [T, T] or [B, T, T] bool, true on the diagonal; `None` means a chain (lower
-        triangular), which costs less.
+      draft_mask: [T, M] or [B, T, M] bool with M >= T, true where a query meets its own node;
+        `None` means a chain (M = T, lower triangular), which costs less.
       backend: "reference" (jnp, any platform) or "tpu" (Pallas kernel). Never chosen silently.
 
     Returns:
@@ -87,9 +90,11 @@ def _check_arguments(
             f"verify_attention needs lengths [B={b}] int32, got {lengths.shape} {lengths.dtype}."
         )
     if draft_mask is not None and (
-        draft_mask.shape not in ((t, t), (b, t, t)) or draft_mask.dtype != jnp.bool_
+        draft_mask.shape[:-1] not in ((t,), (b, t))
+        or not t <= draft_mask.shape[-1] <= k.shape[2]
+        or draft_mask.dtype != jnp.bool_
     ):
         raise ValueError(
-            f"verify_attention needs draft_mask [T={t}, T={t}] or [B={b}, T={t}, T={t}] bool, "
-            f"got {draft_mask.shape} {draft_mask.dtype}."
+            f"verify_attention needs draft_mask [T={t}, M] or [B={b}, T={t}, M] bool with "
+            f"{t} <= M <= S={k.shape[2]}, got {draft_mask.shape} {draft_mask.dtype}."
         )

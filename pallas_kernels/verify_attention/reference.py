@@ -70,18 +70,18 @@ def visible_positions(
 
     Args:
       lengths: committed positions [B] int32.
-      draft_mask: [T, T] or [B, T, T] bool, or None for a chain.
+      draft_mask: [T, M] or [B, T, M] bool for M draft nodes, or None for a chain.
       num_tokens: T.
       cache_size: S.
     """
     node = jnp.arange(cache_size, dtype=jnp.int32) - lengths[:, None]  # [B, S]; < 0: committed
     if draft_mask is None:
         return node[:, None, :] <= jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
-    if draft_mask.ndim == 2:
-        draft_mask = jnp.broadcast_to(draft_mask, (lengths.shape[0], num_tokens, num_tokens))
-    index = jnp.clip(node, 0, num_tokens - 1)[:, None, :]  # [B, 1, S]
+    num_nodes = draft_mask.shape[-1]
+    draft_mask = jnp.broadcast_to(draft_mask, (lengths.shape[0], num_tokens, num_nodes))
+    index = jnp.clip(node, 0, num_nodes - 1)[:, None, :]  # [B, 1, S]
     drafted = jnp.take_along_axis(draft_mask, index, axis=2, mode="clip")  # [B, T, S]
-    return (node < 0)[:, None] | (drafted & (node < num_tokens)[:, None])
+    return (node < 0)[:, None] | (drafted & (node < num_nodes)[:, None])
 
 
 def group_queries(q: jax.Array, num_kv: int) -> jax.Array:

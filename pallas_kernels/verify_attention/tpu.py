@@ -3,9 +3,9 @@
 Grid (B, K, S / block_s), the last axis innermost and sequential. One step holds all G * T query
 rows of a kv head (the draft tokens of its G query heads) and one block of that head's cache, so
 each cached key and value is read from HBM once. `lengths` is prefetched to SMEM: blocks that start
-at or after `lengths[b] + T` are not computed, and their block index is clamped to the last needed
-one, which makes the pipeline skip their copies too. So cost follows the live length, and S adds
-only the small fixed cost of its empty steps.
+at or after `lengths[b] + M`, the last draft node's end, are not computed, and their block index is
+clamped to the last needed one, which makes the pipeline skip their copies too. So cost follows the
+live length, and S adds only the small fixed cost of its empty steps.
 
 The draft mask reaches the kernel as bits, 32 draft nodes a word. The test of one cache position is
 then a shift and an AND on the vector unit, for chains and trees alike, and no gather along lanes.
@@ -66,8 +66,8 @@ def verify_attention_tpu(
       q: queries [B, T, N, H], unscaled, float32 or bfloat16.
       k: cached keys [B, K, S, H].
       v: cached values [B, K, S, H].
-      lengths: committed cache positions [B] int32, `lengths[b] + T <= S`.
-      draft_mask: [T, T] or [B, T, T] bool, true on the diagonal; None for a chain.
+      lengths: committed cache positions [B] int32, `lengths[b] + M <= S`.
+      draft_mask: [T, M] or [B, T, M] bool, true at each query's own node; None for a chain, M = T.
       block_s: cache positions per step. 512 keeps a copy (256 KiB of bfloat16 at H = 128) longer
         than the fixed cost of a step. Where it does not divide S, the largest smaller multiple of
         128 that does is taken.
@@ -90,7 +90,10 @@ def verify_attention_tpu(
     padding = ((0, 0), (0, padded_rows - rows), (0, 0))
 
     grouped = jnp.pad(group_queries(q, num_kv), ((0, 0), *padding))  # [B, K, R, H]
-    words = _mask_words(draft_mask, t)  # [B or 1, T, W]
+    if draft_mask is None:
+        draft_mask = jnp.tril(jnp.ones((t, t), jnp.bool_))
+    nodes = draft_mask.shape[-1]
+    words = _mask_words(draft_mask)  # [B or 1, T, W]
     words = jnp.pad(jnp.tile(words, (1, n // num_kv, 1)), padding)  # [B or 1, R, W]
 
     def row_block(row, head, step, lengths):
@@ -98,7 +101,7 @@ def verify_attention_tpu(
 
     def cache_block(row, head, step, lengths):
         # lax.div, for `//` asks the default device for its TPU generation: no AOT compiles then.
-        last = jnp.clip(jax.lax.div(lengths[row] + t - 1, block), 0, s // block - 1)
+        last = jnp.clip(jax.lax.div(lengths[row] + nodes - 1, block), 0, s // block - 1)
         return row, head, jnp.minimum(step, last), 0
 
     def words_block(row, head, step, lengths):
@@ -108,7 +111,7 @@ def verify_attention_tpu(
     spec_cache = pl.BlockSpec((None, None, block, h), cache_block)
     spec_words = pl.BlockSpec((None, padded_rows, words.shape[2]), words_block)
     out = pl.pallas_call(
-        functools.partial(_kernel, num_tokens=t, scale=h**-0.5),
+        functools.partial(_kernel, num_nodes=nodes, scale=h**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, num_kv, s // block),
@@ -144,7 +147,7 @@ def _kernel(
     sum_ref: jax.Ref,  # [R, 1] sum of exp(logit - max) so far
     acc_ref: jax.Ref,  # [R, H] sum of exp(logit - max) * v so far
     *,
-    num_tokens: int,
+    num_nodes: int,
     scale: float,
 ) -> None:
     length = lengths_ref[pl.program_id(0)]
@@ -157,7 +160,7 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    @pl.when(start < length + num_tokens)
+    @pl.when(start < length + num_nodes)
     def _():
         precision = matmul_precision(q_ref.dtype)
         logits = jax.lax.dot_general(
@@ -204,14 +207,13 @@ def _visible(node: jax.Array, words: jax.Array) -> jax.Array:
     return seen == 1
 
 
-def _mask_words(draft_mask: jax.Array | None, num_tokens: int) -> jax.Array:
-    """Packs the draft mask by 32 nodes a word, zero beyond T: [B or 1, T, W] int32."""
-    if draft_mask is None:
-        draft_mask = jnp.tril(jnp.ones((num_tokens, num_tokens), jnp.bool_))
+def _mask_words(draft_mask: jax.Array) -> jax.Array:
+    """Packs a draft mask [.., T, M] by 32 nodes a word, zero beyond M: [B or 1, T, W] int32."""
     if draft_mask.ndim == 2:
         draft_mask = draft_mask[None]
-    num_words = pl.cdiv(num_tokens, _WORD_BITS)
-    bits = jnp.pad(draft_mask, ((0, 0), (0, 0), (0, num_words * _WORD_BITS - num_tokens)))
+    num_nodes = draft_mask.shape[2]
+    num_words = pl.cdiv(num_nodes, _WORD_BITS)
+    bits = jnp.pad(draft_mask, ((0, 0), (0, 0), (0, num_words * _WORD_BITS - num_nodes)))
     bits = bits.reshape(*draft_mask.shape[:2], num_words, _WORD_BITS).astype(jnp.uint32)
     words = jnp.sum(bits << jnp.arange(_WORD_BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32)

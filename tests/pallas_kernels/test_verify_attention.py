@@ -99,6 +99,16 @@ def test_the_ways_to_write_one_mask_agree(run):
 
 
 @pytest.mark.parametrize("run", [_reference, _interpreted], ids=["reference", "kernel"])
+@pytest.mark.parametrize("nodes", [[39], [0, 7, 33], [31, 32]])
+def test_some_nodes_of_a_tree_get_what_the_whole_tree_gives_them(run, nodes):
+    """A tree of 40 nodes, two words of mask bits, over three blocks of the cache."""
+    q, k, v, lengths, masks = _random_case(8, b=2, t=40, n=2, k=1, s=64, h=8, lengths=[24, 3])
+    whole = run(q, k, v, lengths, masks)
+    some = run(q[:, np.array(nodes)], k, v, lengths, masks[:, np.array(nodes)])
+    np.testing.assert_allclose(some, whole[:, np.array(nodes)], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", [_reference, _interpreted], ids=["reference", "kernel"])
 @pytest.mark.parametrize("length", [0, 9, 15])
 def test_what_a_query_does_not_see_changes_nothing(run, length):
     t, s = 6, 48
@@ -183,8 +193,10 @@ def test_api_runs_the_backend_it_is_told():
         ("k", jnp.zeros((1, 2, 16, 8), jnp.bfloat16), "all float32 or all bfloat16"),
         ("lengths", jnp.zeros(1), r"lengths \[B=1\] int32, got \(1,\) float32"),
         ("lengths", jnp.zeros(2, jnp.int32), r"lengths \[B=1\] int32, got \(2,\) int32"),
-        ("draft_mask", jnp.ones((3, 3), bool), r"draft_mask \[T=2, T=2\]"),
-        ("draft_mask", jnp.ones((2, 2)), "bool, got .* float32"),
+        ("draft_mask", jnp.ones((3, 3), bool), r"draft_mask \[T=2, M\]"),
+        ("draft_mask", jnp.ones((2, 1), bool), r"2 <= M <= S=16, got \(2, 1\)"),
+        ("draft_mask", jnp.ones((2, 17), bool), r"2 <= M <= S=16, got \(2, 17\)"),
+        ("draft_mask", jnp.ones((2, 2)), "bool with .* float32"),
     ],
 )
 def test_api_names_the_argument_that_does_not_fit(argument, value, message):

@@ -1,0 +1,78 @@
+"""What the rollout engine learns from one chunk and uses in the next: host side, plain numbers.
+
+It follows from what the device reports, never from a clock, so all processes keep the same state; a
+checkpoint holds it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+RATE = 2.0
+"""Change of log sharpness per unit of acceptance that was over- or underestimated."""
+TRUSTED_DRAFTS = 32
+"""With so many drafts in a chunk its evidence counts half, with many more nearly in full."""
+LOG_RANGE = math.log(16.0)
+"""Sharpness stays within a factor of 16 of one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Controller:
+    """State between chunks and steps.
+
+    `idle_credit` are microbatches saved up for training between steps, with one slice.
+    `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
+    multiplied in the estimated acceptance (`trees`); depths beyond its end have 0.
+    """
+
+    idle_credit: float = 0.0
+    log_sharpness: tuple[float, ...] = ()
+
+    def sharpness(self, depths: int) -> list[float]:
+        """The factor at draft depth 1 .. `depths`."""
+        known = self.log_sharpness[:depths]
+        return [math.exp(value) for value in (*known, *[0.0] * (depths - len(known)))]
+
+    def to_record(self) -> dict[str, Any]:
+        """The state as JSON."""
+        return {"idle_credit": self.idle_credit, "log_sharpness": list(self.log_sharpness)}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Controller":
+        """Undoes `to_record`."""
+        return cls(record["idle_credit"], tuple(record["log_sharpness"]))
+
+
+FRESH = Controller()
+"""The state of a new run."""
+
+
+def calibrate(
+    controller: Controller,
+    drafted: int,
+    accepted: Sequence[int],
+    expected: Sequence[float],
+) -> Controller:
+    """Moves each depth's sharpness towards estimates that equal the measured acceptance.
+
+    Sharper estimates are more confident ones. A depth is judged by the drafts whose parent was
+    accepted, as only there the target's own token is known.
+
+    Args:
+      controller: the state before.
+      drafted: trees drafted in a chunk.
+      accepted: of these the ones accepted to depth 1, 2, ...
+      expected: sum of the estimated probabilities of the same, given the depth before.
+    """
+    reached = [drafted, *accepted]
+    logs = list(controller.log_sharpness)
+    logs += [0.0] * (len(accepted) - len(logs))
+    for index, (hits, estimate) in enumerate(zip(accepted, expected, strict=True)):
+        trials = reached[index]
+        if trials == 0:
+            continue
+        trust = trials / (trials + TRUSTED_DRAFTS)
+        moved = logs[index] + RATE * trust * (hits - estimate) / trials
+        logs[index] = min(max(moved, -LOG_RANGE), LOG_RANGE)
+    return dataclasses.replace(controller, log_sharpness=tuple(logs))
