@@ -172,7 +172,7 @@ def test_modes_that_draft_to_different_depths_share_a_pool():
     first = toy_engine.engine("plain, then chains")
     models = toy_engine.random_policy(), toy_engine.random_drafter()
     seed, asked, _ = toy_engine.tailed()
-    deeper = first.having(strategies=("plain", "chain-4", "chain-5"), row_buckets=(4, 1, 1))
+    deeper = first.having(row_buckets=(8, 4, 1), strategies=("chain-5", "plain", "chain-4"))
     assert deeper.rollout.deepest > first.rollout.deepest and deeper.pool is first.pool
     wanted, got = (
         toy_engine.roll(programs, models, asked, seed=seed) for programs in (first, deeper)

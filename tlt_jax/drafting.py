@@ -77,7 +77,7 @@ def draft_tree(
     """
     hidden, cache = _catch_up(models, config, inputs, strategy.most_committed)
     batch = hidden.shape[0]
-    pending = jnp.take_along_axis(inputs.tokens, inputs.length[:, None] - 1, axis=1)
+    pending = trees.take(inputs.tokens, inputs.length[:, None] - 1)
     level = _Level(
         tokens=pending,
         hidden=hidden,
@@ -122,7 +122,7 @@ def _catch_up(
         start,
     )
     newest = jnp.clip(inputs.length - 2 - start, 0, count - 1)
-    return jnp.take_along_axis(estimates, newest[:, None, None], axis=1), cache
+    return trees.take(estimates, newest[:, None]), cache
 
 
 def _feed(

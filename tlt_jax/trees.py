@@ -126,7 +126,7 @@ def prune(pending: jax.Array, candidates: Candidates, *, depth: int, verify_toke
 
 
 def _keep(candidates: Candidates, kept: jax.Array) -> Candidates:
-    """The candidates `kept` [B, n], rising, and none whose parent is not among them."""
+    """The candidates numbered `kept` [B, n], rising; their parents must be among them."""
     found: Candidates = jax.tree.map(lambda x: take(x, kept), candidates)
     # A parent's number is now how many kept candidates come before it.
     before = jnp.sum(kept[:, None, :] < found.parents[:, :, None], axis=2, dtype=jnp.int32)
@@ -175,7 +175,6 @@ def expected_acceptance(tree: Tree, accepted: jax.Array, *, depth: int) -> jax.A
     That is the sum over the verified children of the accepted node before, and 0 where there is no
     such node; to be compared with what was accepted.
     """
-    parent_accepted = jnp.take_along_axis(accepted, tree.parents, axis=1)
-    chance = jnp.where(parent_accepted, jnp.exp(tree.log_probs), 0.0)
+    chance = jnp.where(take(accepted, tree.parents), jnp.exp(tree.log_probs), 0.0)
     at_depth = tree.depths[:, None, :] == jnp.arange(1, depth + 1)[:, None]
     return jnp.sum(jnp.where(at_depth, chance[:, None, :], 0.0), axis=2)
