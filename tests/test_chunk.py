@@ -39,7 +39,8 @@ def _prefilled(programs, target, gains, *, ids=range(SLICES * ROWS)):
     for row, prompt in enumerate(asked):
         tokens[row, : len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in asked], np.int32)
-    batch = (tokens, lengths, lengths + np.array(gains, np.int32), np.array(ids, np.int32))
+    ids = np.array(ids, np.int32)
+    batch = (tokens, lengths, lengths + np.array(gains, np.int32), ids, ids)
     return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
@@ -51,7 +52,8 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(kind.strategy, rounds=rounds, index=index)
-    return programs.chunk(kind, target, given[0], given[1], sampler, orders, given[2])
+    chunk = programs.chunk(kind, target, given[0], given[1], None, sampler, orders, given[2])
+    return chunk[0], chunk[1], chunk[3], chunk[4]
 
 
 @jax.jit
@@ -150,7 +152,8 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     kind = programs.kind(ROWS, training=False)
     orders = programs.orders(kind.strategy, rounds=9, index=1)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
-    _, buffer, rows, _ = programs.chunk(kind, target, state_1, buffer, sampler, orders, rows)
+    chunk = programs.chunk(kind, target, state_1, buffer, None, sampler, orders, rows)
+    _, buffer, _, rows, _ = chunk
     assert not np.any(rows.live) and np.all(rows.stored)
     buffer, rows = jax.device_get((buffer, rows))
     assert buffer.segments.tolist() == [4, 3]

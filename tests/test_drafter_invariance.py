@@ -34,6 +34,8 @@ def _check(programs, draft):
         "plain, then chains",
         "trees",
         "tree on tensor",
+        "ngram",
+        "ngram chain",
     ],
 )
 def test_strategies_and_meshes_give_the_same_tokens(name):
@@ -47,6 +49,8 @@ def test_strategies_and_meshes_give_the_same_tokens(name):
         "plain, then chains": {"plain", "chain-4"},
         "trees": {"tree-3-2-6", "tree-2-3-13"},
         "tree on tensor": {"tree-3-2-5"},
+        "ngram": {"ngram-3-2-6", "chain-4"},
+        "ngram chain": {"ngram-4"},
     }
     programs = toy_engine.engine(name)
     chunks = _check(programs, toy_engine.random_drafter())
@@ -88,9 +92,12 @@ def test_another_policy_gives_other_tokens():
     assert all(not np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", ["main", "plain, then chains", "four slices", "tensor", "trees"])
+@pytest.mark.parametrize(
+    "name", ["main", "plain, then chains", "four slices", "tensor", "trees", "ngram"]
+)
 def test_a_drafter_that_equals_the_target_is_never_wrong(name):
-    """Every draft is accepted: after growth, compaction, a change of depth and after plain chunks.
+    """Every draft is accepted: after growth, compaction, a change of depth, after plain chunks and
+    those of the other drafter.
 
     The drafter must not learn, or it would no longer be equal.
     """
@@ -98,11 +105,10 @@ def test_a_drafter_that_equals_the_target_is_never_wrong(name):
     seed, asked, _ = toy_engine.tailed("mirrored")
     models = toy_engine.mirrored()
     result = toy_engine.roll(programs, models, asked, seed=seed, learn=False)
-    chains = [record for record in result.chunks if record.strategy != "plain"]
-    assert {record.strategy for record in chains} == {
-        str(programs.strategy(rows)) for rows in programs.rollout.row_buckets
-    } - {"plain"}
-    whole = [record for record in chains if record.strategy != "tree-3-2-6"]  # leaves nodes out
+    assert {record.strategy for record in result.chunks} == set(programs.rollout.strategies)
+    # Plain decoding drafts nothing, the n-gram drafter knows less, the small tree leaves nodes out.
+    others = ("plain", "ngram-3-2-6", "tree-3-2-6")
+    whole = [record for record in result.chunks if record.strategy not in others]
     assert whole
     for record in whole:
         assert record.accepted == [sum(record.row_rounds)] * len(record.accepted)

@@ -6,7 +6,7 @@ import pytest
 import toy_engine
 from toy_engine import BOS, NEVER, SHAPE, STOP
 
-from tlt_jax import learner, packing
+from tlt_jax import learner, metrics, packing
 from tlt_jax.controller import FRESH, calibrate
 from tlt_jax.types import UserError
 
@@ -121,6 +121,22 @@ def test_trees_are_calibrated_from_chunk_to_chunk_and_rollout_to_rollout():
         accepted = sum(record.accepted[0] for record in result.chunks)
         errors.append((estimate - accepted) / sum(sum(r.row_rounds) for r in result.chunks))
     assert np.mean(errors[:2]) > 0.15 and abs(np.mean(errors[-4:])) < 0.1, errors
+
+
+def test_the_ngram_drafter_knows_the_responses_of_the_rollout_before():
+    """Greedy answers to the same prompts are the same: with them at hand nearly all is accepted."""
+    programs = toy_engine.engine("ngram chain").having(temperature=0.0)
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    asked = toy_engine.prompts(8)
+    first = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,))
+    assert first.library.added == 8
+    library = jax.device_get(first.library)
+    pairs = zip(library.tokens, library.lengths, strict=True)
+    stored = {tuple(tokens[:length]) for tokens, length in pairs if length}
+    assert stored == {tuple(tokens) for tokens in toy_engine.tokens_of(first)}
+    second = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,), library=first.library)
+    lengths = [metrics.accept_length(result.chunks) for result in (first, second)]
+    assert lengths[0] < 4 < lengths[1], lengths
 
 
 @pytest.mark.parametrize("length", [0, 7])

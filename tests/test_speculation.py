@@ -128,6 +128,7 @@ def _prefilled(models, prompts, limits):
         live=jnp.ones((rows,), bool),
         stored=jnp.zeros((rows,), bool),
         sequence_ids=jnp.arange(rows, dtype=jnp.int32),
+        prompt_ids=jnp.arange(rows, dtype=jnp.int32),
     )
 
 

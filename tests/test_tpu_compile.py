@@ -25,6 +25,7 @@ from tlt_jax import (
     drafter,
     kv_cache,
     learner,
+    ngram,
     packing,
     policy,
     row_programs,
@@ -80,13 +81,14 @@ class Shapes(NamedTuple):
     batch: tuple[Any, ...]
     state: Any
     buffer: Any
+    library: Any
     sampler: Any
     orders: Any
     rows: Any
 
     @property
     def of_chunk(self):
-        return (self.target, self.state, self.buffer, self.sampler, self.orders, self.rows)
+        return tuple(getattr(self, name) for name in self._fields if name != "batch")
 
 
 def _mesh(topology, *, slices, tensor):
@@ -143,7 +145,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
     target = _params(mesh, config, ROLLOUT_RULES)
     number = jax.ShapeDtypeStruct((slices * rows,), jnp.int32, sharding=by_slice)
     tokens = jax.ShapeDtypeStruct((slices * rows, prompt), jnp.int32, sharding=by_slice)
-    batch = (tokens, number, number, number)
+    batch = (tokens, number, number, number, number)
 
     def drafter_state():
         params = drafter.init(config, drafter_config, jax.random.key(0))
@@ -159,6 +161,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
         batch=batch,
         state=_evaluated(drafter_state, whole),
         buffer=_evaluated(buffers, by_slice),
+        library=_evaluated(functools.partial(ngram.empty_library, 64, length), whole),
         sampler=_evaluated(
             lambda: Sampler(jax.random.key(0), _sampling_params(), jnp.zeros((1,), jnp.int32)),
             whole,
@@ -311,7 +314,7 @@ def test_a_chunk_without_training_stays_in_its_slice(mesh, backend, strategy):
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _device_groups(compiled.as_text())  # of the tensor axis
     assert not _slice_groups(compiled, mesh)
-    _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.rows))
+    _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.library, shapes.rows))
 
 
 @compiles_for_tpu
@@ -320,7 +323,7 @@ def test_a_chunk_with_training_adds_gradients_over_slices(mesh, backend):
     compiled = _compile(_chunk(mesh, config, drafter_config, training=True), *shapes.of_chunk)
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _slice_groups(compiled, mesh)
-    _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.rows))
+    _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.library, shapes.rows))
 
 
 @compiles_for_tpu

@@ -15,6 +15,8 @@ from tlt_jax.types import Strategy, UserError
         ("tree-3-2-7", (3, 2, 7), 2 + 4 + 4, 7),
         # Few are verified, but the drafter feeds 3 levels of 4 nodes.
         ("tree-4-4-5", (4, 4, 5), 4 + 3 * 16, 1 + 3 * 4),
+        ("ngram-4", (4, 1, 5), 4, 5),
+        ("ngram-3-2-7", (3, 2, 7), 2 + 4 + 4, 7),
     ],
 )
 def test_a_strategy_is_what_its_name_says(text, fields, candidates, written_slots):
@@ -24,7 +26,9 @@ def test_a_strategy_is_what_its_name_says(text, fields, candidates, written_slot
     assert strategy.most_committed == strategy.depth + 1
     assert str(strategy) == text and Strategy.parse(str(strategy)) == strategy
     assert strategy.is_plain == (text == "plain")
-    assert strategy.is_chain == (not text.startswith("tree"))
+    assert strategy.is_chain == (text.count("-") <= 1)
+    assert strategy.ngram == text.startswith("ngram")
+    assert strategy.uses_drafter == text.startswith(("chain", "tree"))
 
 
 def test_without_a_number_of_tokens_all_nodes_are_verified():
@@ -43,7 +47,9 @@ def test_without_a_number_of_tokens_all_nodes_are_verified():
         ("beam-4", "there is no strategy 'beam-4'"),
         ("tree-2-2-2", "verifies 2 tokens; with depth 2 and top-k 2 it can be 3 to 7"),
         ("tree-2-2-8", "verifies 8 tokens"),
-        ("tree-0-4-1", "top-k must be 1, not 4"),
+        ("tree-0-4-1", "nothing is drafted, but top-k is 4"),
+        ("ngram-0", "nothing is drafted, but .* the n-gram drafter asked for"),
+        ("ngram-4-2", "there is no strategy 'ngram-4-2'"),
         ("tree-3-0-4", "top-k 1 .a chain. or more"),
     ],
 )

@@ -218,6 +218,13 @@ _KINDS = {
         "strategies": ("tree-3-2-6", "tree-2-3-13"),
         "training": False,
     },
+    "ngram": {
+        "length_buckets": (48,),
+        "strategies": ("ngram-3-2-6", "chain-4"),
+        "training": False,
+        "library_texts": 8,
+    },
+    "ngram chain": _one_bucket | {"strategies": ("ngram-4",), "training": False},
     "tree on tensor": _one_bucket | {"tensor": 2, "strategies": ("tree-3-2-5",), "training": False},
     "filtered": _filtered | {"strategies": ("chain-2",)},
     "filtered tree": _filtered | {"strategies": ("tree-3-2-6",)},
@@ -230,7 +237,7 @@ def engine(name):
     made = _engine(**_KINDS[name])
     target, draft = place(made, random_policy()), drafter_state(made, random_drafter())
     if "filtered" not in name:  # they take two stop tokens, and warming up is for one
-        made.warm_up(target, draft, buffers(made))
+        made.warm_up(target, draft, buffers(made), made.empty_library())
     return dataclasses.replace(made, warmed_up=made.pool.compiled)
 
 
@@ -269,7 +276,7 @@ def roll(programs, models, asked, *, seed=0, stop_tokens=(STOP,), learn=True, **
         asked,
         jax.random.key(seed),
         stop_tokens=stop_tokens,
-        **options,
+        **({"library": programs.empty_library()} | options),
     )
 
 

@@ -38,6 +38,7 @@ from tlt_jax import (
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.controller import FRESH, Controller
+from tlt_jax.ngram import Library
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.reporting.writers import write_atomically
@@ -75,8 +76,8 @@ class Runner:
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
     controller: Controller = FRESH  # what the untimed pass has taught; timed ones begin with it
 
-    def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None]:
-        """Drafter state and buffer that a rollout begins with and may take."""
+    def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
+        """Drafter state, buffer and library that a rollout begins with and may take."""
         state = buffer = None
         if self.draft is not None:
             tx = spot_training.optimizer(self.config.drafter)
@@ -85,11 +86,11 @@ class Runner:
             buffer = chunk.empty_buffers(
                 self.programs.mesh, self.config.policy, self.config.drafter
             )
-        return jax.block_until_ready((state, buffer))
+        return jax.block_until_ready((state, buffer, self.programs.empty_library()))
 
     def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
         """One rollout and its seconds."""
-        state, buffer = self.beginning()
+        state, buffer, library = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
             self.programs,
@@ -99,6 +100,7 @@ class Runner:
             prompts,
             key,
             stop_tokens=self.stop_tokens,
+            library=library,
             controller=self.controller,
         )
         return result, time.perf_counter() - start
@@ -339,7 +341,7 @@ def round_profile(runner: Runner) -> list[dict[str, Any]]:
     """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
     if runner.mode.name not in ("plain", "by bucket"):
         return []
-    state, _ = runner.beginning()
+    state, _, _ = runner.beginning()
     return profiling.round_profile(runner.programs, runner.target, state)
 
 

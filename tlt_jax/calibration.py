@@ -13,6 +13,7 @@ import numpy as np
 
 from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import RolloutState
 from tlt_jax.spot_training import DrafterState
@@ -32,12 +33,17 @@ def synthetic_rows(programs: RolloutPrograms, target: Any, *, live: bool) -> Rol
         np.full(count, config.max_prompt_length if live else 1, np.int32),
         np.full(count, limit, np.int32),
         np.arange(count, dtype=np.int32) if live else np.full(count, INVALID, np.int32),
+        np.full(count, INVALID, np.int32),
     )
     return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
 def microbatch_seconds(
-    programs: RolloutPrograms, target: Any, state: DrafterState, buffer: DrafterBuffer
+    programs: RolloutPrograms,
+    target: Any,
+    state: DrafterState,
+    buffer: DrafterBuffer,
+    library: Library | None = None,
 ) -> float:
     """Seconds per microbatch when every slice trains at once: (t[4] - t[0]) / 4, median of 3.
 
@@ -51,11 +57,14 @@ def microbatch_seconds(
 
     def timed(microbatches: int) -> float:
         orders = programs.orders(kind.strategy, rounds=microbatches * kind.block, index=0)
-        given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
-        jax.block_until_ready(given)
+        copied = jax.block_until_ready(
+            jax.tree.map(lambda x: x.copy(), (state, buffer, library, rows))
+        )
         start = time.monotonic()
         jax.block_until_ready(
-            programs.chunk(kind, target, given[0], given[1], sampler, orders, given[2])
+            programs.chunk(
+                kind, target, copied[0], copied[1], copied[2], sampler, orders, copied[3]
+            )
         )
         return time.monotonic() - start
 

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import row_programs, sharding, spot_training
+from tlt_jax import ngram, row_programs, sharding, spot_training
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.drafting import Models
+from tlt_jax.ngram import Library, Texts
 from tlt_jax.sharding import SLICE
 from tlt_jax.speculation import (
     RolloutState,
@@ -67,6 +68,9 @@ class ChunkReport:
     draft_version: jax.Array  # [slices] int32, drafter that drafted in this chunk
 
 
+REFERENCES = 4
+"""Finished responses to a row's prompt in which the n-gram drafter looks things up."""
+
 # Folded into the step's key for microbatch draws; sequence ids, folded in for tokens, stay below.
 TRAINING_STREAM = 2**31 - 1
 
@@ -79,17 +83,23 @@ def chunk_program(
     *,
     keep_features: bool,
 ) -> Any:
-    """Program `(target, drafter state, buffer, sampler, orders, rows) -> (drafter state, buffer,
-    rows, ChunkReport)`.
+    """Program `(target, drafter state, buffer, library, sampler, orders, rows) -> (drafter state,
+    buffer, library, rows, ChunkReport)`.
 
-    Buffer leaves have a leading axis of slices. The drafter that a chunk drafts with does not
-    change inside it; the updated one comes out for the next chunk. Drafter state, buffer and rows
-    are donated. Without a drafter, drafter state and buffer are None.
+    Buffer leaves have a leading axis of slices; the library, like the drafter, is the same on all
+    of them. The drafter that a chunk drafts with does not change inside it; the updated one comes
+    out for the next chunk, and so does the library with the responses that ended. Drafter state,
+    buffer, library and rows are donated. Without a drafter, drafter state and buffer are None;
+    without an n-gram drafter the library is.
     """
 
-    def chunk(target, state, buffer, sampler, orders, rows):
-        draft = None if state is None else sharding.cast(state.params, config.dtype)
-        models = Models(target=target, draft=draft)
+    def chunk(target, state, buffer, library, sampler, orders, rows):
+        models = Models(
+            target=target,
+            draft=None if state is None else sharding.cast(state.params, config.dtype),
+            texts=_texts(kind.strategy, library, rows),
+        )
+        began = rows.live
         version = jnp.int32(0) if state is None else state.version
         with jax.named_scope("rollout"):
             rows = refresh_draft_cache(models, config, kind.strategy, rows)
@@ -118,21 +128,38 @@ def chunk_program(
             draft_version=version,
         )
         buffer = None if buffer is None else jax.tree.map(lambda x: x[None], work.buffer)
-        return state, buffer, work.rows, jax.tree.map(lambda x: x[None], report)
+        if library is not None:
+            library = _add_ended(library, work.rows, began & ~work.rows.live)
+        return state, buffer, library, work.rows, jax.tree.map(lambda x: x[None], report)
 
     split = P(SLICE)
-    specs = (P(), P(), split, P(), P(), split)
+    specs = (P(), P(), split, P(), P(), P(), split)
     by_slice = sharding.per_slice(mesh)
     return jax.jit(
-        row_programs.slice_program(chunk, mesh, specs, (P(), split, split, split)),
-        donate_argnums=(1, 2, 5),
+        row_programs.slice_program(chunk, mesh, specs, (P(), split, P(), split, split)),
+        donate_argnums=(1, 2, 3, 6),
         out_shardings=(
             sharding.replicated(mesh),
             by_slice,
+            sharding.replicated(mesh),
             row_programs.state_shardings(mesh, keep_features=keep_features),
             by_slice,
         ),
     )
+
+
+def _texts(strategy: Strategy, library: Library | None, rows: RolloutState) -> Texts | None:
+    """What the n-gram drafter looks things up in besides a row's own text; None for others."""
+    if not strategy.ngram:
+        return None
+    assert library is not None, "no library for the n-gram drafter"
+    return ngram.references(library, rows.prompt_ids, count=REFERENCES)
+
+
+def _add_ended(library: Library, rows: RolloutState, ended: jax.Array) -> Library:
+    """Adds the rows that ended on any slice, in the same order on all of them."""
+    own = rows.tokens, rows.length, rows.prompt_ids, ended
+    return ngram.add(library, *(jax.lax.all_gather(x, SLICE, tiled=True) for x in own))
 
 
 @struct.dataclass

@@ -76,7 +76,8 @@ class RolloutConfig:
     `row_buckets` are rows per slice, falling; `strategies` gives the way of decoding in each of
     them, in the written form of `types.Strategy`. As rows shrink, lengths grow: the k-th row bucket
     in use has caches of the k-th length bucket or longer. A sequence gains at most `chunk_tokens`
-    tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds.
+    tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds. The
+    n-gram drafter looks things up in the last `library_texts` finished sequences.
     """
 
     prompts_per_step: int = 4
@@ -91,6 +92,7 @@ class RolloutConfig:
     strategies: tuple[str, ...] = ("chain-4",) * 5
     length_buckets: tuple[int, ...] = (144, 512)
     chunk_tokens: int = 72
+    library_texts: int = 256
 
     @property
     def num_sequences(self) -> int:
@@ -120,6 +122,11 @@ class RolloutConfig:
     def slack(self) -> int:
         """Cache positions that a round may write beyond the longest sequence."""
         return max(Strategy.parse(text).written_slots for text in self.strategies)
+
+    @property
+    def uses_ngram(self) -> bool:
+        """Whether any strategy drafts with the n-gram drafter."""
+        return any(Strategy.parse(text).ngram for text in self.strategies)
 
     @property
     def deepest(self) -> int:

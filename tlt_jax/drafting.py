@@ -1,21 +1,25 @@
-"""Grows the draft tree of a round with the drafter, level by level.
+"""Grows the draft tree of a round, level by level, with either drafter.
 
-A row with n committed tokens x[0] .. x[n - 1] has target features of tokens 0 .. n - 2. The drafter
-first catches up on the pairs that became known in the last round; its estimate of the feature of
-n - 1 gives the candidates for x[n]. Each further level feeds the best nodes of the level before,
-every one with its parent's estimated feature, and sees the committed pairs and its ancestors.
+A row with n committed tokens x[0] .. x[n - 1] gets candidates for x[n] from what the drafter knows
+at the pending token x[n - 1]; each further level comes from the best nodes of the level before.
+What a drafter knows at a node, it finds from what it knew at the node's parent, and its token:
+
+- the trained drafter an estimate of the target's feature. The row has target features of tokens
+  0 .. n - 2; the drafter first catches up on the pairs that became known in the last round. Then it
+  feeds each node with its parent's estimate, seeing the committed pairs and the node's ancestors;
+- the n-gram drafter how far each position of the row's texts matches (`ngram`).
 
 Axes as in `trees`, and S cache length, D width.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import drafter, kv_cache, policy, sampling, trees
+from tlt_jax import drafter, kv_cache, ngram, policy, sampling, trees
 from tlt_jax.config import PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.trees import Candidates, Tree
@@ -24,32 +28,48 @@ from tlt_jax.types import SamplingParams, Strategy
 
 @struct.dataclass
 class Models:
-    """Weights that a round reads."""
+    """What a round reads besides its rows."""
 
     target: Any
-    draft: Any  # None when no drafter takes part
+    draft: Any  # None when no trained drafter takes part
+    texts: ngram.Texts | None = None  # other texts of each row, where the n-gram drafter takes part
 
 
 @struct.dataclass
 class DraftInputs:
-    """What the drafter knows of the rows."""
+    """What the drafters know of the rows."""
 
     tokens: jax.Array  # [B, S] int32
-    features: jax.Array  # [B, S, D], target features of tokens 0 .. length - 2
-    cache: LayerCache  # the drafter's
+    features: jax.Array | None  # [B, S, D], target features of tokens 0 .. length - 2
+    cache: LayerCache | None  # the trained drafter's
     cached: jax.Array  # [B] int32, pairs in `cache` that come from true features
     length: jax.Array  # [B] int32, committed tokens
 
 
 @struct.dataclass
-class _Level:
-    """Nodes whose children come next, in the drafter's own terms; n = 1, then top-k."""
+class Level:
+    """Nodes whose children come next; n = 1, then top-k."""
 
     tokens: jax.Array  # [B, n] int32
-    hidden: jax.Array  # [B, n, D], estimated feature of each node
+    known: jax.Array  # [B, n, ...], what the drafter knows at each node
     candidates: jax.Array  # [B, n] int32, its number among the candidates; -1 is the pending token
     scores: jax.Array  # [B, n] float32
     ancestors: jax.Array  # [B, n, nodes fed so far] bool, itself included
+
+
+class Drafter(Protocol):
+    """How a drafter takes part in growing a tree."""
+
+    def begin(self) -> tuple[jax.Array, LayerCache | None]:
+        """What it knows at the pending token, [B, 1, ...], and its cache."""
+
+    def feed(
+        self, nodes: Level, cache: LayerCache | None, depth: int
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """What it knows at nodes of this depth that hold what is known at their parents."""
+
+    def logits(self, known: jax.Array) -> jax.Array:
+        """Logits of a node's next token on the target's scale, [B, n, V]."""
 
 
 def draft_tree(
@@ -60,13 +80,13 @@ def draft_tree(
     sharpness: jax.Array,
     noise: jax.Array,
     inputs: DraftInputs,
-) -> tuple[Tree, LayerCache]:
+) -> tuple[Tree, LayerCache | None]:
     """Guesses what the target will take in the next `strategy.depth` positions.
 
     Args:
       models: target and drafter.
       config: the policy's shape.
-      strategy: depth, top-k and verify tokens; not plain.
+      strategy: drafter, depth, top-k and verify tokens; not plain.
       params: sampling parameters; the drafter samples as the target will.
       sharpness: factor of noisy logits in the estimated acceptance at each depth, [d] float32.
       noise: [B, d, V], the target's own noise of positions `length + 0 .. d - 1`.
@@ -75,12 +95,13 @@ def draft_tree(
     Returns:
       The tree to verify, whose node 0 is the pending token, and the drafter's written cache.
     """
-    hidden, cache = _catch_up(models, config, inputs, strategy.most_committed)
-    batch = hidden.shape[0]
+    drafter_ = _drafter(models, config, strategy, params, inputs)
+    known, cache = drafter_.begin()
+    batch = known.shape[0]
     pending = trees.take(inputs.tokens, inputs.length[:, None] - 1)
-    level = _Level(
+    level = Level(
         tokens=pending,
-        hidden=hidden,
+        known=known,
         candidates=jnp.full((batch, 1), -1, jnp.int32),
         scores=jnp.zeros((batch, 1), jnp.float32),
         ancestors=jnp.zeros((batch, 1, 0), bool),
@@ -88,11 +109,10 @@ def draft_tree(
     levels: list[Candidates] = []
     for depth in range(1, strategy.depth + 1):
         if depth > 1:
-            level, cache = _feed(models, config, strategy, inputs, cache, level, levels, depth - 1)
-        logits = policy.logits(models.target, level.hidden)
-        noisy = sampling.noisy(
-            sampling.process_logits(logits, params), noise[:, depth - 1, None], params
-        )
+            level = _best_nodes(levels, level, strategy.top_k)
+            known, cache = drafter_.feed(level, cache, depth - 1)
+            level = dataclasses.replace(level, known=known)
+        noisy = sampling.noisy(drafter_.logits(level.known), noise[:, depth - 1, None], params)
         levels.append(
             trees.children(
                 noisy, sharpness[depth - 1], level.candidates, level.scores, top_k=strategy.top_k
@@ -105,83 +125,117 @@ def draft_tree(
     return tree, cache
 
 
-def _catch_up(
-    models: Models, config: PolicyConfig, inputs: DraftInputs, count: int
-) -> tuple[jax.Array, LayerCache]:
-    """Feeds the pairs of the last round, at most `count`.
-
-    Returns the estimated feature of the pending token, [B, 1, D], and the written cache.
-    """
-    start = inputs.cached
-    estimates, cache = drafter.decode(
-        models.draft,
-        config,
-        kv_cache.take_rows(inputs.features, start, count),
-        policy.embed(models.target, kv_cache.take_rows(inputs.tokens, start + 1, count)),
-        inputs.cache,
-        start,
-    )
-    newest = jnp.clip(inputs.length - 2 - start, 0, count - 1)
-    return trees.take(estimates, newest[:, None]), cache
-
-
-def _feed(
-    models: Models,
-    config: PolicyConfig,
-    strategy: Strategy,
-    inputs: DraftInputs,
-    cache: LayerCache,
-    above: _Level,
-    levels: list[Candidates],
-    depth: int,
-) -> tuple[_Level, LayerCache]:
-    """Feeds the best nodes of the last of `levels`, which have this depth.
-
-    `above` is the level of their parents. Nodes fed take the cache's slots from the pending token's
-    on, `top_k` a level.
-    """
-    top_k = strategy.top_k
-    nodes = _best_nodes(levels[-1], above, top_k)
-    own = jnp.broadcast_to(jnp.eye(top_k, dtype=bool), (nodes.hidden.shape[0], top_k, top_k))
-    ancestors = jnp.concatenate([nodes.ancestors, own], axis=2)
-    hidden, cache = drafter.decode(
-        models.draft,
-        config,
-        nodes.hidden,
-        policy.embed(models.target, nodes.tokens),
-        cache,
-        inputs.length - 1,
-        draft_mask=None if strategy.is_chain else ancestors,  # a node of a chain sees all before it
-        first_node=top_k * (depth - 1),
-        depth=depth - 1,
-    )
-    before = sum(level.tokens.shape[1] for level in levels[:-1])
-    fed = dataclasses.replace(
-        nodes, hidden=hidden, candidates=before + nodes.candidates, ancestors=ancestors
-    )
-    return fed, cache
-
-
-def _best_nodes(found: Candidates, above: _Level, top_k: int) -> _Level:
-    """The best `top_k` of a level, with what their parents have: features and ancestors.
-
-    Their candidate numbers are counted from the level's first.
-    """
+def _best_nodes(levels: list[Candidates], above: Level, top_k: int) -> Level:
+    """The best `top_k` of the last level, with what is known at their parents, `above`."""
+    found, before = levels[-1], sum(level.tokens.shape[1] for level in levels[:-1])
+    own = jnp.broadcast_to(jnp.eye(top_k, dtype=bool), (found.tokens.shape[0], top_k, top_k))
     if found.tokens.shape[1] == top_k:  # children of one node, all of them
-        numbers = jnp.broadcast_to(jnp.arange(top_k, dtype=jnp.int32), found.tokens.shape)
-        return _Level(
+        return Level(
             tokens=found.tokens,
-            hidden=jnp.repeat(above.hidden, top_k, axis=1),
-            candidates=numbers,
+            known=jnp.repeat(above.known, top_k, axis=1),
+            candidates=jnp.broadcast_to(before + jnp.arange(top_k), found.tokens.shape),
             scores=found.scores,
-            ancestors=jnp.repeat(above.ancestors, top_k, axis=1),
+            ancestors=jnp.concatenate([jnp.repeat(above.ancestors, top_k, axis=1), own], axis=2),
         )
     chosen = trees.best(found.scores, top_k)
     parents = chosen // top_k  # children lie together, parent by parent
-    return _Level(
+    return Level(
         tokens=trees.take(found.tokens, chosen),
-        hidden=trees.take(above.hidden, parents),
-        candidates=chosen,
+        known=trees.take(above.known, parents),
+        candidates=before + chosen,
         scores=trees.take(found.scores, chosen),
-        ancestors=trees.take(above.ancestors, parents),
+        ancestors=jnp.concatenate([trees.take(above.ancestors, parents), own], axis=2),
     )
+
+
+def _drafter(
+    models: Models,
+    config: PolicyConfig,
+    strategy: Strategy,
+    params: SamplingParams,
+    inputs: DraftInputs,
+) -> Drafter:
+    if strategy.ngram:
+        assert models.texts is not None, "no texts for the n-gram drafter"
+        texts = ngram.with_own(inputs.tokens, inputs.length, models.texts)
+        return _Ngram(texts, inputs.length, params, config.vocab_size)
+    return _Trained(models, config, strategy, params, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """The drafter that was trained on the target's features."""
+
+    models: Models
+    config: PolicyConfig
+    strategy: Strategy
+    params: SamplingParams
+    inputs: DraftInputs
+
+    def begin(self) -> tuple[jax.Array, LayerCache | None]:
+        """Feeds the pairs of the last round, at most as many as a round commits."""
+        inputs, count = self.inputs, self.strategy.most_committed
+        assert inputs.features is not None
+        start = inputs.cached
+        estimates, cache = self._decode(
+            kv_cache.take_rows(inputs.features, start, count),
+            kv_cache.take_rows(inputs.tokens, start + 1, count),
+            inputs.cache,
+            start,
+        )
+        newest = jnp.clip(inputs.length - 2 - start, 0, count - 1)
+        return trees.take(estimates, newest[:, None]), cache
+
+    def feed(
+        self, nodes: Level, cache: LayerCache | None, depth: int
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Nodes take the cache's slots from the pending token's on, `top_k` a level."""
+        return self._decode(
+            nodes.known,
+            nodes.tokens,
+            cache,
+            self.inputs.length - 1,
+            # A node of a chain sees all before it.
+            draft_mask=None if self.strategy.is_chain else nodes.ancestors,
+            first_node=self.strategy.top_k * (depth - 1),
+            depth=depth - 1,
+        )
+
+    def logits(self, known: jax.Array) -> jax.Array:
+        return sampling.process_logits(policy.logits(self.models.target, known), self.params)
+
+    def _decode(
+        self,
+        features: jax.Array,
+        tokens: jax.Array,
+        cache: LayerCache | None,
+        starts: jax.Array,
+        **placing: Any,
+    ) -> tuple[jax.Array, LayerCache]:
+        assert cache is not None
+        following = policy.embed(self.models.target, tokens)
+        draft = self.models.draft
+        return drafter.decode(draft, self.config, features, following, cache, starts, **placing)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ngram:
+    """The drafter that looks up what came next before; it has no cache."""
+
+    texts: ngram.Texts
+    length: jax.Array  # [B] int32
+    params: SamplingParams
+    vocab_size: int
+
+    def begin(self) -> tuple[jax.Array, LayerCache | None]:
+        return ngram.match(self.texts, self.length), None
+
+    def feed(
+        self, nodes: Level, cache: LayerCache | None, depth: int
+    ) -> tuple[jax.Array, LayerCache | None]:
+        return ngram.extend(nodes.known, self.texts, nodes.tokens), cache
+
+    def logits(self, known: jax.Array) -> jax.Array:
+        """The texts were sampled at this temperature, so shares are probabilities at it already."""
+        shares = ngram.log_shares(known, self.texts, vocab_size=self.vocab_size)
+        return sampling.unscaled(shares, self.params)

@@ -117,7 +117,7 @@ def round_profile(
         room = config.length_buckets[0] - config.max_prompt_length - config.slack
         rounds = min(config.chunk_tokens, room) // kind.strategy.most_committed
         orders = programs.orders(kind.strategy, rounds=rounds, index=0)
-        given = target, drafter_state, None, sampler, orders, rows
+        given = target, drafter_state, None, programs.empty_library(), sampler, orders, rows
         program = programs.chunk_program(kind, given)
         seconds = seconds_by_scope(program, functools.partial(_undonated, given))
         shares = programs.slices * rounds / 1e3
@@ -134,6 +134,7 @@ def round_profile(
 
 def _undonated(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """A chunk's arguments with copies of those that it donates."""
-    target, state, buffer, sampler, orders, rows = arguments
-    state, rows = jax.block_until_ready(jax.tree.map(jnp.copy, (state, rows)))
-    return target, state, buffer, sampler, orders, rows
+    target, state, buffer, library, sampler, orders, rows = arguments
+    copied = jax.tree.map(jnp.copy, (state, library, rows))
+    state, library, rows = jax.block_until_ready(copied)
+    return target, state, buffer, library, sampler, orders, rows

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tlt_jax import chunk, row_programs, sampling, sharding
+from tlt_jax import chunk, ngram, row_programs, sampling, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
 from tlt_jax.controller import FRESH, Controller
+from tlt_jax.ngram import Library
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
@@ -87,10 +88,18 @@ class RolloutPrograms:
         self, strategy: Strategy, *, rounds: int, index: int, controller: Controller = FRESH
     ) -> ChunkOrders:
         """Orders for one chunk of a strategy as device data."""
-        sharpness = np.asarray(controller.sharpness(strategy.depth), np.float32)
+        known = FRESH if strategy.ngram else controller  # shares of votes are left as they are
+        sharpness = np.asarray(known.sharpness(strategy.depth), np.float32)
         numbers = np.int32(rounds), np.int32(index), sharpness
         placed = jax.device_put(numbers, sharding.replicated(self.mesh))
         return ChunkOrders(rounds=placed[0], index=placed[1], sharpness=placed[2])
+
+    def empty_library(self) -> Library | None:
+        """A library for the n-gram drafter; None if no strategy uses one."""
+        if not (self.drafting and self.rollout.uses_ngram):
+            return None
+        empty = ngram.empty_library(self.rollout.library_texts, self.rollout.length_buckets[-1])
+        return jax.device_put(empty, sharding.replicated(self.mesh))
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
         """Rows of a new batch; see `row_programs.prefill_program` for the arguments."""
@@ -102,12 +111,15 @@ class RolloutPrograms:
         target: Any,
         drafter_state: DrafterState | None,
         buffer: DrafterBuffer | None,
+        library: Library | None,
         sampler: Sampler,
         orders: ChunkOrders,
         rows: RolloutState,
-    ) -> tuple[DrafterState | None, DrafterBuffer | None, RolloutState, ChunkReport]:
-        """Runs a chunk; see `chunk.chunk_program`. Drafter state, buffer and rows are donated."""
-        arguments = (target, drafter_state, buffer, sampler, orders, rows)
+    ) -> tuple[
+        DrafterState | None, DrafterBuffer | None, Library | None, RolloutState, ChunkReport
+    ]:
+        """Runs a chunk; see `chunk.chunk_program`, also for what is donated."""
+        arguments = (target, drafter_state, buffer, library, sampler, orders, rows)
         return self.chunk_program(kind, arguments)(*arguments)
 
     def compact(self, rows: RolloutState, most: int) -> RolloutState:
@@ -135,6 +147,7 @@ class RolloutPrograms:
         target: Any,
         drafter_state: DrafterState | None,
         buffer: DrafterBuffer | None,
+        library: Library | None = None,
         *,
         extra: Sequence[Callable[[], Any]] = (),
     ) -> None:
@@ -147,7 +160,7 @@ class RolloutPrograms:
                 shapes = self._state_shapes(target, rows, length)
                 for kind in self._kinds(rows) if length >= self.least_length(rows) else ():
                     orders = self.orders(kind.strategy, rounds=0, index=0)
-                    arguments = (target, drafter_state, buffer, sampler, orders, shapes)
+                    arguments = (target, drafter_state, buffer, library, sampler, orders, shapes)
                     jobs.append(functools.partial(self.chunk_program, kind, arguments))
                 if length != self.rollout.length_buckets[-1]:
                     jobs.append(functools.partial(self._grow, shapes))
@@ -179,8 +192,10 @@ class RolloutPrograms:
 
     def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
         """The compiled program of `chunk`."""
+        _, _, buffer, library, _, _, rows = arguments
+        held = buffer is not None, library and library.tokens.shape
         return self.pool.get(
-            ("chunk", kind, arguments[-1].tokens.shape, arguments[2] is not None),
+            ("chunk", kind, rows.tokens.shape, *held),
             lambda: chunk.chunk_program(
                 self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
             ),
@@ -214,7 +229,7 @@ class RolloutPrograms:
             (count, self.rollout.max_prompt_length), np.int32, sharding=split
         )
         number = jax.ShapeDtypeStruct((count,), np.int32, sharding=split)
-        return (prompt, number, number, number)
+        return (prompt, number, number, number, number)
 
     def _state_shapes(self, target: Any, rows: int, length: int) -> Any:
         shapes = jax.eval_shape(self._prefill_jit(length), target, *self._batch_shapes(rows))

@@ -19,6 +19,7 @@ from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import Controller
 from tlt_jax.learner import LearnerState
+from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
 from tlt_jax.spot_training import DrafterState
@@ -35,6 +36,7 @@ class RunState:
     rollout_params: Any  # the policy's current parameters, rollout layout
     drafter: DrafterState | None
     buffer: DrafterBuffer | None
+    library: Library | None
     controller: Controller
 
     def arrays(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class RunState:
             "reference": self.reference,
             "drafter": self.drafter,
             "buffer": self.buffer,
+            "library": self.library,
         }
 
 
@@ -125,6 +128,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         rollout_params=rollout_params,
         drafter=result.drafter_state,
         buffer=result.buffer,
+        library=result.library,
         controller=result.controller,
     )
     return StepOutcome(state=new_state, row=row, chunks=result.chunks)
@@ -154,6 +158,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
         [prompt["prompt_ids"] for prompt in asked],
         machinery.step_key(state.steps_done),
         stop_tokens=machinery.stop_tokens,
+        library=state.library,
         controller=state.controller,
         on_finished=reward,
     )

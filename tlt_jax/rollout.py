@@ -8,6 +8,7 @@ token counts, never from a clock, so all processes decide alike and a run can be
 import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate
+from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
@@ -68,11 +70,12 @@ class ChunkRecord:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutResult:
-    """A rollout that ended. Drafter state and buffer are those to go on with."""
+    """A rollout that ended. Drafter state, buffer and library are those to go on with."""
 
     responses: list[Response]  # by sequence
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
+    library: Library | None
     chunks: list[ChunkRecord]
     controller: Controller
 
@@ -89,6 +92,7 @@ class _Flight:
     longest: int
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
+    library: Library | None
     controller: Controller
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
@@ -110,6 +114,7 @@ def run(
     key: jax.Array,
     *,
     stop_tokens: tuple[int, ...],
+    library: Library | None = None,
     controller: Controller = FRESH,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
@@ -123,6 +128,7 @@ def run(
       prompts: token ids of each sequence, [length] int32 each.
       key: the step's key; with the same key, weights and prompts come the same tokens.
       stop_tokens: any of these ends a response.
+      library: texts for the n-gram drafter, None where no strategy uses one; donated.
       controller: what chunks before this rollout have taught.
       on_finished: called on this thread for each response as soon as it ended.
 
@@ -140,6 +146,7 @@ def run(
         longest=int(batch[1].max()),
         drafter_state=drafter_state,
         buffer=buffer,
+        library=library,
         controller=controller,
         began=began,
         chunks=[],
@@ -155,21 +162,23 @@ def run(
         responses=[responses[sequence] for sequence in range(len(prompts))],
         drafter_state=flight.drafter_state,
         buffer=flight.buffer,
+        library=flight.library,
         chunks=flight.chunks,
         controller=flight.controller,
     )
 
 
-def _lay_out(
-    programs: RolloutPrograms, prompts: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Deals prompts to the slices in turn: padded tokens, lengths, limits and sequence ids."""
+def _lay_out(programs: RolloutPrograms, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Deals prompts to the slices in turn; returns the arrays of `row_programs.prefill_program`.
+
+    Prompts are told apart by a checksum of their tokens, which stays the same over the epochs.
+    """
     config = programs.rollout
     rows = programs.first_rows
     count = programs.slices * rows
     tokens = np.zeros((count, config.max_prompt_length), np.int32)
     lengths = np.ones(count, np.int32)
-    ids = np.full(count, INVALID, np.int32)
+    ids, prompt_ids = np.full((2, count), INVALID, np.int32)
     for sequence, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= config.max_prompt_length:
             raise UserError(
@@ -180,7 +189,8 @@ def _lay_out(
         tokens[place, : len(prompt)] = prompt
         lengths[place] = len(prompt)
         ids[place] = sequence
-    return tokens, lengths, lengths + config.max_response_length, ids
+        prompt_ids[place] = zlib.crc32(np.asarray(prompt, np.int32).tobytes()) >> 1
+    return tokens, lengths, lengths + config.max_response_length, ids, prompt_ids
 
 
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
@@ -233,11 +243,12 @@ def _launch(
     orders = programs.orders(
         kind.strategy, rounds=rounds, index=index, controller=flight.controller
     )
-    flight.drafter_state, flight.buffer, flight.rows, report = programs.chunk(
+    flight.drafter_state, flight.buffer, flight.library, flight.rows, report = programs.chunk(
         kind,
         flight.target,
         flight.drafter_state,
         flight.buffer,
+        flight.library,
         flight.sampler,
         orders,
         flight.rows,
@@ -254,7 +265,7 @@ def _launch(
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    if not kind.strategy.is_chain:
+    if not kind.strategy.is_chain and not kind.strategy.ngram:
         flight.controller = calibrate(
             flight.controller, sum(record.row_rounds), record.accepted, record.expected
         )

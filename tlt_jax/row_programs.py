@@ -45,13 +45,14 @@ def slice_program(function: Callable[..., Any], mesh: Mesh, specs: Any, out: Any
 
 
 def prefill_program(mesh: Mesh, config: PolicyConfig, *, length: int, keep_features: bool) -> Any:
-    """Program `(target, tokens [B, P], lengths [B], limits [B], sequence_ids [B]) -> RolloutState`.
+    """Program `(target, tokens [B, P], lengths, limits, sequence ids, prompt ids) -> RolloutState`.
 
-    Prompts are padded on the right; what the padding writes is overwritten by the first rounds.
-    `length` is the cache length; without `keep_features` no drafter can take part.
+    The last four are [B] int32. Prompts are padded on the right; what the padding writes is
+    overwritten by the first rounds. `length` is the cache length; without `keep_features` no
+    trained drafter can take part.
     """
 
-    def prefill(target, tokens, lengths, limits, sequence_ids):
+    def prefill(target, tokens, lengths, limits, sequence_ids, prompt_ids):
         rows, prompt = tokens.shape
         cache = policy.empty_cache(config, rows, length)
         start = jnp.zeros((rows,), jnp.int32)
@@ -72,10 +73,11 @@ def prefill_program(mesh: Mesh, config: PolicyConfig, *, length: int, keep_featu
             live=sequence_ids >= 0,
             stored=sequence_ids < 0,
             sequence_ids=sequence_ids,
+            prompt_ids=prompt_ids,
         )
 
     return jax.jit(
-        slice_program(prefill, mesh, (P(), P(SLICE), P(SLICE), P(SLICE), P(SLICE)), P(SLICE)),
+        slice_program(prefill, mesh, (P(), *[P(SLICE)] * 5), P(SLICE)),
         out_shardings=state_shardings(mesh, keep_features=keep_features),
     )
 

@@ -75,6 +75,11 @@ def process_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
     return jnp.where(logits >= threshold, logits, MASKED)
 
 
+def unscaled(log_probs: jax.Array, params: SamplingParams) -> jax.Array:
+    """Logits [..., V] whose softmax at the sampling temperature has these log-probabilities."""
+    return log_probs * _safe(params.temperature)
+
+
 def noisy(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax.Array:
     """Processed logits plus noise at the temperature's scale, [..., V] each."""
     return processed + params.temperature * noise

@@ -135,6 +135,7 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
         rollout_params=params,
         drafter=draft,
         buffer=buffer,
+        library=programs.empty_library(),
         controller=FRESH,
     )
 
@@ -151,6 +152,7 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
         state.rollout_params,
         state.drafter,
         state.buffer,
+        state.library,
         extra=[
             lambda: rl_step.update_program(machinery, update),
             lambda: rl_step.to_rollout_layout(machinery, state.learner.params),
@@ -164,7 +166,7 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
     if state.drafter is None or state.buffer is None:
         return machinery
     seconds = calibration.microbatch_seconds(
-        programs, state.rollout_params, state.drafter, state.buffer
+        programs, state.rollout_params, state.drafter, state.buffer, state.library
     )
     return dataclasses.replace(machinery, microbatch_seconds=seconds)
 

@@ -3,7 +3,7 @@
 A row with n committed tokens x[0] .. x[n - 1] holds target keys, values and features of tokens
 0 .. n - 2; x[n - 1] is pending. A round of depth d
 
-1. *drafts*: the drafter grows a tree of guesses at x[n] .. x[n + d - 1] under the very noise that
+1. *drafts*: a drafter grows a tree of guesses at x[n] .. x[n + d - 1] under the very noise that
    the target will be sampled with;
 2. *verifies*: one target pass over the pending token and the drafts gives what the target takes
    after each of them, the log-probabilities, and the features;
@@ -45,6 +45,7 @@ class RolloutState:
     live: jax.Array  # [B] bool
     stored: jax.Array  # [B] bool, already in the drafter's data buffer
     sequence_ids: jax.Array  # [B] int32, INVALID for padding rows
+    prompt_ids: jax.Array  # [B] int32, equal for rows that answer the same prompt
 
 
 @struct.dataclass
@@ -85,8 +86,6 @@ def _put(whole: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
 
 
 def _draft_inputs(state: RolloutState) -> DraftInputs:
-    """What the drafter knows of rows that it takes part in."""
-    assert state.features is not None and state.draft_cache is not None
     return DraftInputs(
         tokens=state.tokens,
         features=state.features,
@@ -104,24 +103,26 @@ def refresh_draft_cache(
     That is so after prefill and when drafting begins after plain decoding; the drafter is one
     layer, and no target pass is needed.
     """
-    if strategy.is_plain:
+    if not strategy.uses_drafter:
         return state
     inputs = _draft_inputs(state)
+    features, cache = inputs.features, inputs.cache
+    assert features is not None and cache is not None, "these rows cannot be drafted for"
     lag = state.length - 1 - state.draft_length
     stale = jnp.any(state.live & (lag > strategy.most_committed))
 
     def refresh(state: RolloutState) -> RolloutState:
         following = jnp.roll(state.tokens, -1, axis=1)
-        _, cache = drafter.decode(
+        _, written = drafter.decode(
             models.draft,
             config,
-            inputs.features,
+            features,
             policy.embed(models.target, following),
-            inputs.cache,
+            cache,
             jnp.zeros_like(state.length),
         )
         known = jnp.maximum(state.length - 2, 0)
-        return dataclasses.replace(state, draft_cache=cache, draft_length=known)
+        return dataclasses.replace(state, draft_cache=written, draft_length=known)
 
     return jax.lax.cond(stale, refresh, lambda s: s, state)
 
@@ -196,7 +197,9 @@ def run_round(
                 noise[:, :-1],
                 _draft_inputs(state),
             )
-        state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=state.length - 1)
+        if strategy.uses_drafter:
+            known = state.length - 1
+            state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=known)
     cache, verified = _verify(models, config, strategy, sampler, noise, tree, state)
     with jax.named_scope("commit"):
         state = dataclasses.replace(state, cache=cache)

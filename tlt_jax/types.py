@@ -30,12 +30,16 @@ class Strategy:
     `verify_tokens` of them. A chain is the tree of `top_k` 1, which is verified whole, and plain
     decoding the chain of depth 0. `verify_tokens` 0 stands for all nodes.
 
-    Written `plain`, `chain-DEPTH` or `tree-DEPTH-TOPK-VERIFY`.
+    `ngram` says that guesses come from texts (`ngram`) and not from the trained drafter.
+
+    Written `plain`, `chain-DEPTH`, `tree-DEPTH-TOPK-VERIFY`, and with the n-gram drafter
+    `ngram-DEPTH` or `ngram-DEPTH-TOPK-VERIFY`.
     """
 
     depth: int = 0
     top_k: int = 1
     verify_tokens: int = 0
+    ngram: bool = False
 
     def __post_init__(self):
         if self.depth < 0 or self.top_k < 1:
@@ -43,8 +47,11 @@ class Strategy:
                 f"strategy depth is {self.depth} and top-k {self.top_k}; depth must be 0 (plain) "
                 "or more, top-k 1 (a chain) or more."
             )
-        if self.is_plain and self.top_k > 1:
-            raise UserError(f"strategy depth is 0 (plain), so top-k must be 1, not {self.top_k}.")
+        if self.is_plain and (self.top_k > 1 or self.ngram):
+            raise UserError(
+                f"strategy depth is 0 (plain), so nothing is drafted, but top-k is {self.top_k}"
+                f"{' and the n-gram drafter asked for' if self.ngram else ''}."
+            )
         if self.verify_tokens == 0:
             object.__setattr__(self, "verify_tokens", 1 + self.candidates)
         if not self.depth < self.verify_tokens <= 1 + self.candidates:
@@ -61,17 +68,24 @@ class Strategy:
           UserError: no such form, or numbers that do not fit together.
         """
         kind, *numbers = text.split("-")
-        count = {"plain": 0, "chain": 1, "tree": 3}.get(kind)
-        if len(numbers) != count or not all(number.isdecimal() for number in numbers):
+        counts = {"plain": (0,), "chain": (1,), "tree": (3,), "ngram": (1, 3)}.get(kind, ())
+        if len(numbers) not in counts or not all(number.isdecimal() for number in numbers):
             raise UserError(
-                f"there is no strategy '{text}'; write 'plain', 'chain-4' (depth 4) or "
-                "'tree-6-4-16' (depth 6, top-k 4, 16 tokens verified)."
+                f"there is no strategy '{text}'; write 'plain', 'chain-4' (depth 4), "
+                "'tree-6-4-16' (depth 6, top-k 4, 16 tokens verified), or 'ngram-4' or "
+                "'ngram-6-4-16' (the same with the n-gram drafter)."
             )
-        return cls(*map(int, numbers))
+        depth, top_k, verify_tokens = [*map(int, numbers), *(0, 1, 0)[len(numbers) :]]
+        return cls(depth, top_k, verify_tokens, ngram=kind == "ngram")
 
     @property
     def is_plain(self) -> bool:
         return self.depth == 0
+
+    @property
+    def uses_drafter(self) -> bool:
+        """Whether the trained drafter drafts."""
+        return not (self.is_plain or self.ngram)
 
     @property
     def is_chain(self) -> bool:
@@ -97,8 +111,9 @@ class Strategy:
         if self.is_plain:
             return "plain"
         if self.is_chain:
-            return f"chain-{self.depth}"
-        return f"tree-{self.depth}-{self.top_k}-{self.verify_tokens}"
+            return f"{'ngram' if self.ngram else 'chain'}-{self.depth}"
+        kind = "ngram" if self.ngram else "tree"
+        return f"{kind}-{self.depth}-{self.top_k}-{self.verify_tokens}"
 
 
 @struct.dataclass

@@ -85,6 +85,11 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
         f"the {len(buckets)} row buckets.",
     )
     _check_strategies("config.rollout.strategies", rollout.strategies, policy)
+    _require(
+        not rollout.uses_ngram or rollout.library_texts >= rollout.num_sequences,
+        f"config.rollout.library_texts is {rollout.library_texts}; it must hold the sequences of a "
+        f"step, {rollout.num_sequences}.",
+    )
     lengths = rollout.length_buckets
     slack = rollout.slack
     _require(
