@@ -4,16 +4,18 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 import toy_run
 
-from tlt_jax import benchmark
+from tlt_jax import benchmark, step_price
 from tlt_jax.program_pool import ProgramPool
 
 MODES = {
     "plain",
     "chain-2",
     "by bucket",
+    "bandit",
     "by bucket + idle training",
     "plain, 1 slices",
     "by bucket, 1 slices",
@@ -74,6 +76,23 @@ def test_a_round_of_both_strategies_is_profiled(run):
     assert found == {("plain", 4), ("chain-3", 4)}
     table = benchmark.profile_table(run[1]["profile"])
     assert len(table.splitlines()) == 4
+
+
+def test_the_bandit_has_plain_decoding_among_its_strategies(run):
+    config = run[0]
+    mode = next(m for m in benchmark.modes(config, 8) if m.name == "bandit")
+    assert [str(arm) for arm in mode.rollout.arms(4)] == ["plain", "chain-2"]
+
+
+def test_the_price_of_idle_training_is_a_ratio_of_the_same_repeats(run):
+    config, results, _ = run
+    price = results["step_price"]
+    ratios = np.array(price["seconds_training"]) / np.array(price["seconds"])
+    assert len(ratios) == config.benchmark.repeats
+    assert price["ratio"] == pytest.approx(np.median(ratios))
+    assert (price["ratio_min"], price["ratio_max"]) == (min(ratios), max(ratios))
+    assert 0 < price["idle_used_share"] <= 1
+    assert f"{price['ratio']:.3f}" in step_price.sentence(price)
 
 
 def test_wrong_tokens_are_counted_and_not_explained(run):

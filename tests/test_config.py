@@ -205,6 +205,25 @@ IMPOSSIBLE = [
         "config.rollout.strategies: tree-2-65-70 asks for 65 different tokens",
         {"rollout": {"strategies": ("plain",) * 4 + ("tree-2-65-70",)}},
     ),
+    (
+        "config.rollout.strategies: there is no strategy 'chian-2'",
+        {"rollout": {"strategies": ("plain",) * 4 + ("plain chian-2",)}},
+    ),
+    (
+        "config.rollout.strategies has an empty entry",
+        {"rollout": {"strategies": ("plain",) * 4 + (" ",)}},
+    ),
+    (
+        "config.rollout.library_texts is 31; it must hold the sequences of a step, 32",
+        {"rollout": {"strategies": ("plain ngram-4",) * 5, "library_texts": 31}},
+    ),
+    ("config.rollout.epsilon is 1.5", {"rollout": {"epsilon": 1.5}}),
+    ("config.rollout.free_tokens is 0.0", {"rollout": {"free_tokens": 0.0}}),
+    ("config.rollout.threshold must be", {"rollout": {"threshold": -1}}),
+    (
+        "hold plain and another strategy in each bucket; the one of 16 rows has 'chain-2'",
+        {"rollout": {"threshold": 4}},
+    ),
     ("config.rollout.length_buckets", {"rollout": {"length_buckets": ()}}),
     ("config.rollout.length_buckets", {"rollout": {"length_buckets": (256, 128, 512)}}),
     ("config.rollout.length_buckets ends at 448", {"rollout": {"length_buckets": (128, 448)}}),
@@ -313,15 +332,15 @@ def test_rollout_figures_by_hand():
             "max_prompt_length": 10,
             "max_response_length": 90,
             "row_buckets": (8, 2),
-            "strategies": ("plain", "chain-3"),
+            "strategies": ("plain chain-3", "chain-3"),
             "chunk_tokens": 18,
         }
     ).rollout
     assert (rollout.num_sequences, rollout.max_length, rollout.slack) == (15, 100, 4)
-    assert [rollout.strategy(rows) for rows in (8, 2)] == [Strategy(0), Strategy(3)]
+    assert [rollout.arms(rows) for rows in (8, 2)] == [(Strategy(0), Strategy(3)), (Strategy(3),)]
     assert [rollout.rounds(Strategy(depth)) for depth in (0, 3)] == [18, 4]
     plain = dataclasses.replace(rollout, speculate=False)
-    assert plain.strategy(2) == Strategy(0)
+    assert plain.arms(2) == (Strategy(0),)
 
 
 @pytest.mark.parametrize(

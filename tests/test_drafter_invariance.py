@@ -66,6 +66,15 @@ def test_the_length_of_a_chunk_changes_no_token(chunk_tokens):
     assert max(record.rounds for record in chunks) <= chunk_tokens // 3
 
 
+def test_switching_strategies_within_a_rollout_changes_no_token():
+    """Plain decoding and both drafters in turn on the same rows: nothing is prefilled anew."""
+    programs = toy_engine.engine("bandit").having(epsilon=1.0, chunk_tokens=5)
+    chunks = _check(programs, toy_engine.random_drafter())
+    assert {record.strategy for record in chunks} == {"plain", "ngram-3", "chain-4"}
+    switches = sum(a.strategy != b.strategy for a, b in itertools.pairwise(chunks))
+    assert switches >= 6 and {record.chosen for record in chunks} == {"explored"}
+
+
 @pytest.mark.parametrize("name", ["main", "trees"])
 def test_drafters_change_no_token_but_the_work(name):
     """Of another seed, of another policy, of huge numbers, of NaN."""

@@ -88,7 +88,8 @@ def test_a_job_that_fails_is_not_swallowed():
 def test_buckets_and_their_strategies(name, first_rows, strategies):
     programs = toy_engine.engine(name)
     assert programs.first_rows == first_rows
-    assert {rows: programs.strategy(rows) for rows in programs.rollout.row_buckets} == strategies
+    arms = {rows: programs.arms(rows) for rows in programs.rollout.row_buckets}
+    assert arms == {rows: (strategy,) for rows, strategy in strategies.items()}
 
 
 def test_the_first_bucket_is_the_smallest_that_holds_all():

@@ -53,6 +53,7 @@ def _machinery(programs, config=CONFIG, task=TASK):
         task=task,
         prompts=_Prompts(),
         programs=programs,
+        replay=None,
         microbatch_seconds=0.001,
         reward_threads=concurrent.futures.ThreadPoolExecutor(2),
     )

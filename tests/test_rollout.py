@@ -1,5 +1,8 @@
 """Rollouts of policies with known behaviour, and sampling exactly as plain decoding does it."""
 
+import collections
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import toy_engine
 from toy_engine import BOS, NEVER, SHAPE, STOP
 
 from tlt_jax import learner, metrics, packing
+from tlt_jax.bandit import WINDOW
 from tlt_jax.controller import FRESH, calibrate
 from tlt_jax.types import UserError
 
@@ -137,6 +141,61 @@ def test_the_ngram_drafter_knows_the_responses_of_the_rollout_before():
     second = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,), library=first.library)
     lengths = [metrics.accept_length(result.chunks) for result in (first, second)]
     assert lengths[0] < 4 < lengths[1], lengths
+
+
+def _bandit_roll(**changes):
+    programs = toy_engine.engine("bandit").having(chunk_tokens=5, **changes)
+    seed, asked, _ = toy_engine.tailed()
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    return functools.partial(toy_engine.roll, programs, models, asked, seed=seed), programs
+
+
+def test_the_bandit_learns_what_each_chunk_gave():
+    """Tokens per second of the bucket, as if all its rows were live; the next rollout goes on."""
+    roll, _ = _bandit_roll(epsilon=0.5)
+    first = roll()
+    known = {(arm.rows, arm.strategy): list(arm.rewards) for arm in first.controller.bandit.arms}
+    wanted = collections.defaultdict(list)
+    for record in first.chunks:
+        rounds = sum(record.row_rounds)
+        speed = record.rows * max(record.rounds_run) / record.seconds
+        wanted[record.rows, record.strategy].append(sum(record.committed) / rounds * speed)
+    assert known == {arm: pytest.approx(rewards[-WINDOW:]) for arm, rewards in wanted.items()}
+    assert first.controller.bandit.choices == len(first.chunks)
+    assert {record.chosen for record in first.chunks} == {"best", "explored"}
+    second = roll(controller=first.controller)
+    assert second.controller.bandit.choices == len(first.chunks) + len(second.chunks)
+
+
+def test_a_log_of_strategies_can_be_replayed():
+    """The same programs in the same order, whatever the clocks say."""
+    roll, programs = _bandit_roll(epsilon=0.5)
+    first = roll()
+    ran = list(programs.kinds)
+    assert len(set(ran)) >= 3
+    log = [record.strategy for record in first.chunks]
+    programs.kinds.clear()
+    again = roll(replay=log)
+    assert programs.kinds == ran
+    assert {record.chosen for record in again.chunks} == {"replayed"}
+    with pytest.raises(UserError, match=f"has {len(log) - 1} chunks for this rollout, which needs"):
+        roll(replay=log[:-1])
+    with pytest.raises(
+        UserError, match=r"chunk 0 to replay ran chain-4, but .* only 'plain chain-2'"
+    ):
+        roll(replay=["chain-4"])
+
+
+@pytest.mark.parametrize("threshold", [1, 2])
+def test_a_threshold_turns_speculation_on_for_the_tail(threshold):
+    result = _bandit_roll(threshold=threshold)[0]()
+    assert {record.chosen for record in result.chunks} == {"threshold"}
+    seen = set()
+    for record in result.chunks:
+        few = max(record.live) <= threshold
+        assert record.strategy == ({4: "chain-2", 1: "ngram-3"}[record.rows] if few else "plain")
+        seen.add(record.strategy)
+    assert seen >= {"plain", "ngram-3"}
 
 
 @pytest.mark.parametrize("length", [0, 7])

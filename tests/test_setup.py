@@ -1,8 +1,10 @@
 """What a run starts from."""
 
+import pytest
 import toy_run
 
 from tlt_jax import setup, weights
+from tlt_jax.types import UserError
 
 
 def test_plain_decoding_needs_no_drafter(tmp_path):
@@ -18,3 +20,20 @@ def test_plain_decoding_needs_no_drafter(tmp_path):
     machinery, state = setup.start(config)
     machinery.reward_threads.shutdown()
     assert state.drafter is None and state.buffer is None
+
+
+def test_a_log_of_decisions_is_read_by_step(tmp_path):
+    path = tmp_path / "decisions.jsonl"
+    lines = [(0, "plain"), (0, "chain-2"), (1, "ngram-4")]
+    path.write_text("".join(f'{{"step": {s}, "strategy": "{name}"}}\n' for s, name in lines))
+    assert setup.load_replay(str(path)) == {0: ["plain", "chain-2"], 1: ["ngram-4"]}
+    assert setup.load_replay("") is None
+
+
+def test_what_is_no_log_of_decisions_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "reward_mean": 0.5}\n')
+    with pytest.raises(UserError, match=r"config\.replay=.*metrics\.jsonl is no log of decisions"):
+        setup.load_replay(str(path))
+    with pytest.raises(UserError, match=r"decisions\.jsonl does not exist"):
+        setup.load_replay(str(tmp_path / "decisions.jsonl"))

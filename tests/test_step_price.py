@@ -39,13 +39,3 @@ def test_sides_differ_in_training_alone(sides, weights):
     again = step_price.take_turns(sides, first=0)  # the first states were not used up
     jax.tree.map(np.testing.assert_array_equal, again[0].learner.params, resting.learner.params)
     assert [len(side.seconds) for side in sides] == [2, 2]
-
-
-def test_the_price_is_a_ratio_of_the_same_repeats(config, weights):
-    price = step_price.measure(config, *weights)
-    ratios = np.array(price["seconds_training"]) / np.array(price["seconds"])
-    assert len(ratios) == config.benchmark.repeats
-    assert price["ratio"] == pytest.approx(np.median(ratios))
-    assert (price["ratio_min"], price["ratio_max"]) == (min(ratios), max(ratios))
-    assert 0 < price["idle_used_share"] <= 1
-    assert f"{price['ratio']:.3f}" in step_price.sentence(price)

@@ -224,6 +224,12 @@ _KINDS = {
         "training": False,
         "library_texts": 8,
     },
+    "bandit": {
+        "length_buckets": (48,),
+        "strategies": ("plain chain-2", "plain ngram-3 chain-4"),
+        "training": False,
+        "library_texts": 8,
+    },
     "ngram chain": _one_bucket | {"strategies": ("ngram-4",), "training": False},
     "tree on tensor": _one_bucket | {"tensor": 2, "strategies": ("tree-3-2-5",), "training": False},
     "filtered": _filtered | {"strategies": ("chain-2",)},

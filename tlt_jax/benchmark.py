@@ -129,6 +129,7 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
         Mode("plain", plain, slices, timed=True),
         *fixed,
         Mode("by bucket", base, slices, timed=True),
+        Mode("bandit", _choosing(base, config.benchmark.strategies), slices, timed=True),
         Mode("by bucket + idle training", base, slices, timed=slices > 1, training=slices > 1),
     ]
     others = [count for count in config.benchmark.other_slices if batch % count == 0]
@@ -150,6 +151,14 @@ def _throughout(base: RolloutConfig, strategy: str) -> RolloutConfig:
     lengths = (*base.length_buckets[:-1], max(longest, base.length_buckets[-1]))
     strategies = (strategy,) * len(base.row_buckets)
     return dataclasses.replace(base, strategies=strategies, length_buckets=lengths)
+
+
+def _choosing(base: RolloutConfig, strategies: tuple[str, ...]) -> RolloutConfig:
+    """Plain decoding and all these strategies to choose from in every row bucket."""
+    written = max(Strategy.parse(strategy).written_slots for strategy in strategies)
+    lengths = (*base.length_buckets[:-1], max(base.max_length + written, base.length_buckets[-1]))
+    arms = (" ".join(("plain", *strategies)),) * len(base.row_buckets)
+    return dataclasses.replace(base, strategies=arms, length_buckets=lengths)
 
 
 def make_runner(

@@ -52,7 +52,8 @@ def microbatch_seconds(
     """
     rows = programs.compact(synthetic_rows(programs, target, live=False), 0)
     sampler = programs.sampler(jax.random.key(0), (0,))
-    kind = programs.kind(rows.tokens.shape[0] // programs.slices, training=True)
+    bucket = rows.tokens.shape[0] // programs.slices
+    kind = programs.kind(bucket, programs.arms(bucket)[0], training=True)
     buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))
 
     def timed(microbatches: int) -> float:

@@ -73,8 +73,12 @@ class TaskConfig:
 class RolloutConfig:
     """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
 
-    `row_buckets` are rows per slice, falling; `strategies` gives the way of decoding in each of
-    them, in the written form of `types.Strategy`. As rows shrink, lengths grow: the k-th row bucket
+    `row_buckets` are rows per slice, falling; `strategies` gives the ways of decoding in each of
+    them, in the written form of `types.Strategy` and with blanks between. Where there are several,
+    a bandit chooses (`bandit`), which explores in a share `epsilon` of its choices and believes at
+    first that `free_tokens` tokens more make a target pass twice as long; or, with a `threshold`
+    above 0, a slice's live rows do: plain decoding while there are more, then the first other one
+    (TLT's elastic activation). As rows shrink, lengths grow: the k-th row bucket
     in use has caches of the k-th length bucket or longer. A sequence gains at most `chunk_tokens`
     tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds. The
     n-gram drafter looks things up in the last `library_texts` finished sequences.
@@ -93,6 +97,9 @@ class RolloutConfig:
     length_buckets: tuple[int, ...] = (144, 512)
     chunk_tokens: int = 72
     library_texts: int = 256
+    epsilon: float = 0.1
+    free_tokens: float = 8.0
+    threshold: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -108,11 +115,16 @@ class RolloutConfig:
         """Whether top-k or top-p filtering is part of the programs."""
         return self.top_k > 0 or self.top_p < 1.0
 
-    def strategy(self, rows: int) -> Strategy:
-        """Strategy of the bucket of `rows` rows per slice."""
+    def arms(self, rows: int) -> tuple[Strategy, ...]:
+        """Strategies of the bucket of `rows` rows per slice."""
         if not self.speculate:
-            return Strategy()
-        return Strategy.parse(self.strategies[self.row_buckets.index(rows)])
+            return (Strategy(),)
+        return tuple(map(Strategy.parse, self.strategies[self.row_buckets.index(rows)].split()))
+
+    @property
+    def all_arms(self) -> tuple[Strategy, ...]:
+        """Strategies of all buckets, whether or not anything is drafted."""
+        return tuple(Strategy.parse(text) for texts in self.strategies for text in texts.split())
 
     def rounds(self, strategy: Strategy) -> int:
         """Most rounds of a chunk."""
@@ -121,17 +133,17 @@ class RolloutConfig:
     @property
     def slack(self) -> int:
         """Cache positions that a round may write beyond the longest sequence."""
-        return max(Strategy.parse(text).written_slots for text in self.strategies)
+        return max(arm.written_slots for arm in self.all_arms)
 
     @property
     def uses_ngram(self) -> bool:
         """Whether any strategy drafts with the n-gram drafter."""
-        return any(Strategy.parse(text).ngram for text in self.strategies)
+        return any(arm.ngram for arm in self.all_arms)
 
     @property
     def deepest(self) -> int:
         """Greatest draft depth."""
-        return max(Strategy.parse(text).depth for text in self.strategies)
+        return max(arm.depth for arm in self.all_arms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +235,16 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a command line needs; `warm_start_dir` "" starts from random parameters."""
+    """Everything a command line needs.
+
+    `warm_start_dir` "" starts from random parameters. `replay` is the `decisions.jsonl` of a run
+    whose choices of strategies are made again, "" chooses anew.
+    """
 
     seed: int = 0
     num_steps: int = 100
     warm_start_dir: str = ""
+    replay: str = ""
     policy: PolicyConfig = PolicyConfig()
     mesh: MeshConfig = MeshConfig()
     task: TaskConfig = TaskConfig()

@@ -1,13 +1,15 @@
 """What the rollout engine learns from one chunk and uses in the next: host side, plain numbers.
 
-It follows from what the device reports, never from a clock, so all processes keep the same state; a
-checkpoint holds it.
+A checkpoint holds it. All but the bandit's rewards follows from what the device reports and never
+from a clock, so all processes keep the same state.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from tlt_jax.bandit import UNTRIED, Bandit
 
 RATE = 2.0
 """Change of log sharpness per unit of acceptance that was over- or underestimated."""
@@ -23,11 +25,13 @@ class Controller:
 
     `idle_credit` are microbatches saved up for training between steps, with one slice.
     `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
-    multiplied in the estimated acceptance (`trees`); depths beyond its end have 0.
+    multiplied in the estimated acceptance (`trees`); depths beyond its end have 0. `bandit` chooses
+    strategies.
     """
 
     idle_credit: float = 0.0
     log_sharpness: tuple[float, ...] = ()
+    bandit: Bandit = UNTRIED
 
     def sharpness(self, depths: int) -> list[float]:
         """The factor at draft depth 1 .. `depths`."""
@@ -36,12 +40,20 @@ class Controller:
 
     def to_record(self) -> dict[str, Any]:
         """The state as JSON."""
-        return {"idle_credit": self.idle_credit, "log_sharpness": list(self.log_sharpness)}
+        return {
+            "idle_credit": self.idle_credit,
+            "log_sharpness": list(self.log_sharpness),
+            "bandit": self.bandit.to_record(),
+        }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Controller":
         """Undoes `to_record`."""
-        return cls(record["idle_credit"], tuple(record["log_sharpness"]))
+        return cls(
+            record["idle_credit"],
+            tuple(record["log_sharpness"]),
+            Bandit.from_record(record["bandit"]),
+        )
 
 
 FRESH = Controller()

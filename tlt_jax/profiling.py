@@ -99,6 +99,8 @@ def round_profile(
 ) -> list[dict[str, Any]]:
     """Where a round's time goes in each row bucket, on synthetic rows that never end.
 
+    Of several strategies of a bucket the first is looked at.
+
     Args:
       programs: compiled programs and settings; must not be `training`.
       target: policy parameters in rollout layout.
@@ -113,7 +115,7 @@ def round_profile(
     rows, found = synthetic_rows(programs, target, live=True), []
     for bucket in programs.buckets:
         rows = programs.compact(rows, bucket)
-        kind = programs.kind(bucket, training=False)
+        kind = programs.kind(bucket, programs.arms(bucket)[0], training=False)
         room = config.length_buckets[0] - config.max_prompt_length - config.slack
         rounds = min(config.chunk_tokens, room) // kind.strategy.most_committed
         orders = programs.orders(kind.strategy, rounds=rounds, index=0)

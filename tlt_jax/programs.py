@@ -62,15 +62,17 @@ class RolloutPrograms:
         lengths = self.rollout.length_buckets
         return lengths[min(self.buckets.index(rows), len(lengths) - 1)]
 
-    def strategy(self, rows: int) -> Strategy:
-        """Strategy of the bucket of `rows` rows per slice."""
-        return self.rollout.strategy(rows) if self.drafting else Strategy(0)
+    def arms(self, rows: int) -> tuple[Strategy, ...]:
+        """Strategies of the bucket of `rows` rows per slice."""
+        return self.rollout.arms(rows) if self.drafting else (Strategy(),)
 
-    def kind(self, rows: int, *, training: bool) -> ChunkKind:
+    def kind(self, rows: int, strategy: Strategy, *, training: bool) -> ChunkKind:
         """Kind of chunk in the bucket of `rows` rows per slice."""
-        bucket = self.rollout.row_buckets.index(rows)
-        block = self.drafter.rounds_per_microbatch[bucket] if training else 0
-        return ChunkKind(self.strategy(rows), block)
+        return ChunkKind(strategy, block=self.price(rows) if training else 0)
+
+    def price(self, rows: int) -> int:
+        """Rounds in this bucket that a drafter microbatch costs an idle slice."""
+        return self.drafter.rounds_per_microbatch[self.rollout.row_buckets.index(rows)]
 
     def sampler(self, key: jax.Array, stop_tokens: tuple[int, ...]) -> Sampler:
         """A step's sampler: key, temperature, filters and stop tokens as device data."""
@@ -175,7 +177,11 @@ class RolloutPrograms:
 
     def _kinds(self, rows: int) -> list[ChunkKind]:
         trainings = (False, True) if self.training else (False,)
-        return [self.kind(rows, training=training) for training in trainings]
+        return [
+            self.kind(rows, arm, training=training)
+            for arm in dict.fromkeys(self.arms(rows))
+            for training in trainings
+        ]
 
     def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Any:
         length = self.rollout.length_buckets[0]

@@ -7,6 +7,7 @@ prompts -> rollout (idle slices train the drafter; rewards on host threads while
 import concurrent.futures
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ class Machinery:
     prompts: Any  # grain dataset with random access
     programs: RolloutPrograms
     microbatch_seconds: float
+    replay: Mapping[int, Sequence[str]] | None  # strategies of the chunks of each step
     reward_threads: concurrent.futures.Executor
 
     @property
@@ -142,6 +144,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
     """
     group = machinery.config.rollout.group_size
     asked = [prompt for prompt in machinery.step_prompts(state.steps_done) for _ in range(group)]
+    replay = machinery.replay
     waiting: dict[int, concurrent.futures.Future[float]] = {}
 
     def reward(response: Response) -> None:
@@ -160,6 +163,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
         stop_tokens=machinery.stop_tokens,
         library=state.library,
         controller=state.controller,
+        replay=None if replay is None else replay.get(state.steps_done, ()),
         on_finished=reward,
     )
     ended = time.monotonic()

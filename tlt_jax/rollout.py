@@ -1,8 +1,9 @@
 """The rollout engine: the host side of generating one batch of responses.
 
 Chunk after chunk it looks at a few numbers, picks rows and length buckets, strategy, rounds and
-whether idle slices train, and launches one compiled program. Everything it decides follows from
-token counts, never from a clock, so all processes decide alike and a run can be repeated.
+whether idle slices train, and launches one compiled program. What it decides follows from token
+counts, so all processes decide alike and a run can be repeated; only where a bucket has several
+strategies a clock has a say, and then the first process decides for all.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from tlt_jax import bandit as bandit_lib
 from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkReport
@@ -23,7 +26,7 @@ from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
-from tlt_jax.types import INVALID, UserError
+from tlt_jax.types import INVALID, Strategy, UserError
 
 # With so few live rows a slice may fall idle within a chunk; with more, the program without a
 # training branch runs, and no gradients are reduced for nothing.
@@ -53,6 +56,7 @@ class ChunkRecord:
     start: float  # seconds since the rollout began
     seconds: float
     strategy: str
+    chosen: str  # why: "only", "best", "explored", "threshold" or "replayed"
     rows: int  # per slice
     length: int
     rounds: int  # asked for
@@ -94,6 +98,7 @@ class _Flight:
     buffer: DrafterBuffer | None
     library: Library | None
     controller: Controller
+    replay: Sequence[str] | None
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
 
@@ -116,6 +121,7 @@ def run(
     stop_tokens: tuple[int, ...],
     library: Library | None = None,
     controller: Controller = FRESH,
+    replay: Sequence[str] | None = None,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
     """Generates one response per prompt.
@@ -130,10 +136,12 @@ def run(
       stop_tokens: any of these ends a response.
       library: texts for the n-gram drafter, None where no strategy uses one; donated.
       controller: what chunks before this rollout have taught.
+      replay: strategies of the chunks, in their written form, to take instead of choosing.
       on_finished: called on this thread for each response as soon as it ended.
 
     Raises:
-      UserError: a prompt is empty or longer than `max_prompt_length`.
+      UserError: a prompt is empty or longer than `max_prompt_length`, or the rollout to replay was
+        another one.
     """
     began = time.monotonic()
     batch = _lay_out(programs, prompts)
@@ -148,6 +156,7 @@ def run(
         buffer=buffer,
         library=library,
         controller=controller,
+        replay=replay,
         began=began,
         chunks=[],
     )
@@ -199,33 +208,78 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     Where a slice is nearly idle, the program with training runs already, so that it trains in the
     very chunk in which it falls idle.
     """
-    _fit(programs, flight)
+    _compact(programs, flight)
+    strategy, chosen = _choose(programs, flight)
+    while _room(programs, flight, strategy) == 0:
+        flight.rows = programs.grow(flight.rows)
     fewest = flight.live_by_slice(programs.slices).min()
     nearly_idle = programs.slices > 1 and fewest <= NEARLY_IDLE_ROWS
-    kind = programs.kind(flight.bucket(programs), training=bool(programs.training and nearly_idle))
+    training = bool(programs.training and nearly_idle)
+    kind = programs.kind(flight.bucket(programs), strategy, training=training)
     was_live = flight.live
-    report = _launch(programs, flight, kind, _room(programs, flight))
-    flight.chunks.append(report)
+    rounds = _room(programs, flight, strategy)
+    flight.chunks.append(_launch(programs, flight, kind, rounds, chosen=chosen))
     return _harvest(flight, was_live & ~flight.live)
 
 
-def _fit(programs: RolloutPrograms, flight: _Flight) -> None:
-    """Compacts rows into the smallest bucket that holds them; lengthens caches that are full."""
+def _compact(programs: RolloutPrograms, flight: _Flight) -> None:
+    """Compacts rows into the smallest bucket that holds them."""
     before = flight.live.size
     flight.rows = programs.compact(flight.rows, int(flight.live_by_slice(programs.slices).max()))
     if flight.rows.live.size < before:
         flight.live = sharding.to_host(flight.rows.live)
-    while _room(programs, flight) == 0:
-        flight.rows = programs.grow(flight.rows)
 
 
-def _room(programs: RolloutPrograms, flight: _Flight) -> int:
+def _choose(programs: RolloutPrograms, flight: _Flight) -> tuple[Strategy, str]:
+    """The strategy of the next chunk, and why."""
+    rows, settings = flight.bucket(programs), programs.rollout
+    arms = programs.arms(rows)
+    if len(arms) == 1:
+        return arms[0], "only"
+    if flight.replay is not None:
+        return _replayed(arms, flight.replay, len(flight.chunks)), "replayed"
+    if settings.threshold:
+        many = flight.live_by_slice(programs.slices).max() > settings.threshold
+        return next(arm for arm in arms if arm.is_plain == many), "threshold"
+    bandit, strategy, why = bandit_lib.select(
+        flight.controller.bandit,
+        rows,
+        arms,
+        model=bandit_lib.CostModel(programs.policy.num_layers, settings.free_tokens),
+        epsilon=settings.epsilon,
+    )
+    flight.controller = dataclasses.replace(flight.controller, bandit=bandit)
+    return arms[_agreed(arms.index(strategy))], why
+
+
+def _replayed(arms: Sequence[Strategy], log: Sequence[str], index: int) -> Strategy:
+    if index >= len(log):
+        raise UserError(
+            f"the log to replay has {len(log)} chunks for this rollout, which needs more; replay "
+            "the run that wrote it, from the same weights."
+        )
+    strategy = Strategy.parse(log[index])
+    if strategy not in arms:
+        raise UserError(
+            f"chunk {index} to replay ran {strategy}, but config.rollout.strategies has only "
+            f"'{' '.join(map(str, arms))}' for its bucket; replay with the config of that run."
+        )
+    return strategy
+
+
+def _agreed(index: int) -> int:
+    """The first process's choice: rewards come from clocks, and those of processes differ."""
+    if jax.process_count() == 1:
+        return index
+    return int(multihost_utils.broadcast_one_to_all(np.int32(index)))
+
+
+def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int:
     """Rounds to ask for; 0 when the caches should be lengthened first.
 
     A round writes up to `slack` positions beyond a row's length, for rows that ended as well.
     """
     length = flight.rows.tokens.shape[1]
-    strategy = programs.strategy(flight.bucket(programs))
     wanted = programs.rollout.rounds(strategy)
     if length == programs.rollout.length_buckets[-1]:
         return wanted
@@ -234,7 +288,7 @@ def _room(programs: RolloutPrograms, flight: _Flight) -> int:
 
 
 def _launch(
-    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int
+    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, *, chosen: str
 ) -> ChunkRecord:
     """Runs a chunk program, updates the flight, and records what happened."""
     before = flight.live_by_slice(programs.slices)
@@ -260,16 +314,29 @@ def _launch(
         start=start - flight.began,
         seconds=time.monotonic() - start,
         strategy=str(kind.strategy),
+        chosen=chosen,
         rows=flight.bucket(programs),
         length=flight.rows.tokens.shape[1],
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    if not kind.strategy.is_chain and not kind.strategy.ngram:
-        flight.controller = calibrate(
-            flight.controller, sum(record.row_rounds), record.accepted, record.expected
-        )
+    flight.controller = _taught(programs, flight.controller, kind.strategy, record)
     return record
+
+
+def _taught(
+    programs: RolloutPrograms, controller: Controller, strategy: Strategy, record: ChunkRecord
+) -> Controller:
+    """What a chunk teaches: how good the estimates of trees are, how fast its strategy is."""
+    rounds = sum(record.row_rounds)
+    if not strategy.is_chain and not strategy.ngram:
+        controller = calibrate(controller, rounds, record.accepted, record.expected)
+    if rounds == 0 or len(programs.arms(record.rows)) == 1:
+        return controller
+    accept_length = sum(record.committed) / rounds
+    reward = accept_length * record.rows * max(record.rounds_run) / record.seconds
+    bandit = bandit_lib.update(controller.bandit, record.rows, strategy, reward)
+    return dataclasses.replace(controller, bandit=bandit)
 
 
 def _by_slice(told: ChunkReport, live: np.ndarray, *, training: bool) -> dict[str, Any]:
@@ -317,12 +384,13 @@ def _train_between_steps(programs: RolloutPrograms, flight: _Flight) -> None:
     """
     share = programs.drafter.between_steps_budget
     credit = flight.controller.idle_credit + share * sum(
-        record.rounds_run[0] / programs.kind(record.rows, training=True).block
-        for record in flight.chunks
+        record.rounds_run[0] / programs.price(record.rows) for record in flight.chunks
     )
     microbatches = math.floor(credit)
     flight.controller = dataclasses.replace(flight.controller, idle_credit=credit - microbatches)
     if microbatches == 0:
         return
-    kind = programs.kind(flight.bucket(programs), training=True)
-    flight.chunks.append(_launch(programs, flight, kind, microbatches * kind.block))
+    rows = flight.bucket(programs)
+    kind = programs.kind(rows, programs.arms(rows)[0], training=True)
+    rounds = microbatches * kind.block
+    flight.chunks.append(_launch(programs, flight, kind, rounds, chosen="only"))

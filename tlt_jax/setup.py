@@ -1,5 +1,6 @@
 """Builds what `train` and `benchmark` start from: weights, programs, and a run's first state."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import pathlib
@@ -26,6 +27,7 @@ from tlt_jax import (
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import FRESH
 from tlt_jax.programs import RolloutPrograms
+from tlt_jax.reporting.writers import read_jsonl
 from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.tasks import pipeline
@@ -85,6 +87,24 @@ def drafter_state(
     return jax.device_put(state, sharding.replicated(mesh))
 
 
+def load_replay(path: str) -> dict[int, list[str]] | None:
+    """Strategies of the chunks of each step from a run's `decisions.jsonl`; None without a path.
+
+    Raises:
+      UserError: there is no such file, or it is no log of decisions.
+    """
+    if not path:
+        return None
+    log: dict[int, list[str]] = collections.defaultdict(list)
+    for record in read_jsonl(path):
+        if not {"step", "strategy"} <= record.keys():
+            raise UserError(
+                f"config.replay={path} is no log of decisions; give the decisions.jsonl of a run."
+            )
+        log[record["step"]].append(record["strategy"])
+    return dict(log)
+
+
 def start(config: RunConfig) -> tuple[Machinery, RunState]:
     """Machinery with every program compiled, and the state before the first step."""
     machinery = make_machinery(config)
@@ -112,6 +132,7 @@ def make_machinery(config: RunConfig) -> Machinery:
         prompts=prompts,
         programs=programs,
         microbatch_seconds=0.0,
+        replay=load_replay(config.replay),
         reward_threads=concurrent.futures.ThreadPoolExecutor(REWARD_THREADS),
     )
 

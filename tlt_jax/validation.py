@@ -1,5 +1,7 @@
 """Checks that the parts of a configuration fit together; they need no device."""
 
+from collections.abc import Iterable
+
 from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig
 from tlt_jax.types import Strategy, UserError
 
@@ -81,10 +83,13 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
     )
     _require(
         len(rollout.strategies) == len(buckets),
-        f"config.rollout.strategies is {rollout.strategies}; it must hold one strategy for each of "
-        f"the {len(buckets)} row buckets.",
+        f"config.rollout.strategies is {rollout.strategies}; it must hold one strategy, or several "
+        f"with blanks between, for each of the {len(buckets)} row buckets.",
     )
-    _check_strategies("config.rollout.strategies", rollout.strategies, policy)
+    for texts in rollout.strategies:
+        _require(bool(texts.split()), "config.rollout.strategies has an empty entry; name one.")
+        _check_strategies("config.rollout.strategies", texts.split(), policy)
+    _validate_choice(rollout)
     _require(
         not rollout.uses_ngram or rollout.library_texts >= rollout.num_sequences,
         f"config.rollout.library_texts is {rollout.library_texts}; it must hold the sequences of a "
@@ -116,6 +121,23 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
     )
 
 
+def _validate_choice(rollout: RolloutConfig) -> None:
+    _require(0 <= rollout.epsilon <= 1, f"config.rollout.epsilon is {rollout.epsilon}; use [0, 1].")
+    _require(
+        rollout.free_tokens > 0,
+        f"config.rollout.free_tokens is {rollout.free_tokens}; it must be above 0.",
+    )
+    _require(rollout.threshold >= 0, "config.rollout.threshold must be 0 (off) or more live rows.")
+    for rows in rollout.row_buckets if rollout.threshold and rollout.speculate else ():
+        drafting = [not arm.is_plain for arm in rollout.arms(rows)]
+        _require(
+            any(drafting) and not all(drafting),
+            f"config.rollout.threshold is {rollout.threshold}, so config.rollout.strategies must "
+            f"hold plain and another strategy in each bucket; the one of {rows} rows has "
+            f"'{' '.join(map(str, rollout.arms(rows)))}'.",
+        )
+
+
 def validate_benchmark(config: RunConfig) -> None:
     """Further checks for the benchmark, which drafts deeper than a run may.
 
@@ -137,7 +159,7 @@ def validate_benchmark(config: RunConfig) -> None:
         )
 
 
-def _check_strategies(where: str, strategies: tuple[str, ...], policy: PolicyConfig) -> None:
+def _check_strategies(where: str, strategies: Iterable[str], policy: PolicyConfig) -> None:
     for text in strategies:
         try:
             strategy = Strategy.parse(text)
@@ -186,7 +208,7 @@ def _validate_training(config: RunConfig) -> None:
         f"{len(buckets)} row buckets.",
     )
     for rows, price in zip(buckets, prices, strict=True):
-        rounds = config.rollout.rounds(config.rollout.strategy(rows))
+        rounds = min(config.rollout.rounds(arm) for arm in config.rollout.arms(rows))
         _require(
             not drafter.train or config.mesh.slices == 1 or price <= rounds,
             f"config.drafter.rounds_per_microbatch is {price} for {rows} rows, but a chunk of "

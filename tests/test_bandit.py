@@ -1,0 +1,111 @@
+"""The bandit on simulated arms, and its cost model."""
+
+import random
+
+import pytest
+
+from tlt_jax import bandit as bandit_lib
+from tlt_jax.bandit import WINDOW, Bandit, CostModel
+from tlt_jax.types import Strategy
+
+PLAIN, SHORT, LONG, NGRAM = map(Strategy.parse, ("plain", "chain-2", "chain-8", "ngram-4"))
+ARMS = (PLAIN, SHORT, LONG, NGRAM)
+MODEL = CostModel(layers=32, free_tokens=64)
+
+
+def _play(speeds, *, choices, epsilon=0.1, bandit=None, seed=0, rows=4):
+    """Choices one after another, rewarded by `speeds(number)` by arm with a tenth of noise."""
+    rng, bandit, taken = random.Random(seed), bandit or Bandit(), []
+    for number in range(choices):
+        bandit, arm, _ = bandit_lib.select(bandit, rows, ARMS, model=MODEL, epsilon=epsilon)
+        reward = speeds(number)[arm] * rng.uniform(0.9, 1.1)
+        bandit = bandit_lib.update(bandit, rows, arm, reward)
+        taken.append(arm)
+    return bandit, taken
+
+
+@pytest.mark.parametrize("best", ARMS)
+def test_it_finds_the_best_arm(best):
+    """Whatever the cost model thinks; of the later choices few are for anything else."""
+    speeds = {arm: 200.0 if arm == best else 100.0 for arm in ARMS}
+    _, taken = _play(lambda _: speeds, choices=100)
+    assert taken[20:].count(best) >= 70
+
+
+def test_it_follows_a_change():
+    """The window forgets: when the best arm slows down, it is left, and taken up again later."""
+    fast = {PLAIN: 100.0, SHORT: 150.0, LONG: 200.0, NGRAM: 90.0}
+    slow = fast | {LONG: 50.0}
+    _, taken = _play(lambda n: slow if 60 <= n < 120 else fast, choices=260)
+    assert taken[30:60].count(LONG) >= 24
+    assert taken[80:120].count(SHORT) >= 30
+    assert taken[220:].count(LONG) >= 30
+
+
+def test_without_exploration_nothing_is_explored():
+    speeds = {PLAIN: 100.0, SHORT: 150.0, LONG: 200.0, NGRAM: 90.0}
+    for epsilon, least, most in ((0.0, 0, 0), (0.25, 40, 60), (1.0, 200, 200)):
+        bandit, explored = Bandit(), 0
+        for _ in range(200):
+            bandit, arm, why = bandit_lib.select(bandit, 4, ARMS, model=MODEL, epsilon=epsilon)
+            bandit = bandit_lib.update(bandit, 4, arm, speeds[arm])
+            explored += why == "explored"
+        assert least <= explored <= most
+
+
+def test_exploration_takes_the_arm_that_was_not_tried_for_longest():
+    _, taken = _play(lambda _: dict.fromkeys(ARMS, 1.0), choices=40, epsilon=1.0)
+    for first in range(0, 40, 4):
+        assert set(taken[first : first + 4]) == set(ARMS)
+
+
+def test_one_outlier_changes_no_choice():
+    """The median: a chunk that a neighbour slowed down says little."""
+    bandit, _ = _play(lambda _: {PLAIN: 1.0, SHORT: 2.0, LONG: 1.5, NGRAM: 1.0}, choices=60)
+    bandit = bandit_lib.update(bandit, 4, SHORT, 0.001)
+    _, arm, why = bandit_lib.select(bandit, 4, ARMS, model=MODEL, epsilon=0.0)
+    assert (arm, why) == (SHORT, "best")
+
+
+def test_buckets_know_nothing_of_one_another():
+    bandit, _ = _play(lambda _: {PLAIN: 9.0, SHORT: 1.0, LONG: 1.0, NGRAM: 1.0}, choices=40)
+    assert bandit.known(4, PLAIN).rewards and not bandit.known(1, PLAIN).rewards
+    select = {"model": MODEL, "epsilon": 0.0}
+    assert bandit_lib.select(bandit, 4, ARMS, **select)[1] == PLAIN
+    assert bandit_lib.select(bandit, 1, ARMS, **select)[1] == LONG
+
+
+def test_rewards_beyond_the_window_are_forgotten():
+    bandit = Bandit()
+    for reward in range(WINDOW + 3):
+        bandit = bandit_lib.update(bandit, 4, SHORT, float(reward))
+    assert bandit.known(4, SHORT).rewards == tuple(map(float, range(3, WINDOW + 3)))
+
+
+def test_an_arm_that_was_never_tried_is_rated_on_the_scale_of_the_others():
+    """Where chain-2 gave 30 times its rate by the model, chain-8 is expected to do so too."""
+    bandit = bandit_lib.update(Bandit(), 4, SHORT, 30 * MODEL.rate(4, SHORT))
+    rated = bandit_lib.ratings(bandit, 4, (SHORT, LONG), MODEL)
+    assert rated == pytest.approx([30 * MODEL.rate(4, SHORT), 30 * MODEL.rate(4, LONG)])
+
+
+def test_the_model_by_hand():
+    """Chain of 2 at acceptance 0.8 on 4 rows; 12 tokens verified, 16 fed to the drafter."""
+    model = CostModel(layers=10, free_tokens=16)
+    cost = 1 + 12 / 16 + (2 + 4 * (3 + 1) / 16) / 10
+    assert model.rate(4, SHORT) == pytest.approx(4 * (1 + 0.8 + 0.64) / cost)
+    assert model.rate(4, PLAIN) == pytest.approx(4 / (1 + 4 / 16))
+
+
+@pytest.mark.parametrize(
+    ("free_tokens", "rows", "best"), [(4, 64, PLAIN), (4, 1, SHORT), (512, 1, LONG), (512, 8, LONG)]
+)
+def test_the_model_knows_many_rows_from_few(free_tokens, rows, best):
+    """Many rows on a slow machine decode plainly; few on a fast one draft deep."""
+    model = CostModel(layers=32, free_tokens=free_tokens)
+    assert max((PLAIN, SHORT, LONG), key=lambda arm: model.rate(rows, arm)) == best
+
+
+def test_a_record_gives_the_same_state():
+    bandit, _ = _play(lambda _: dict.fromkeys(ARMS, 1.0), choices=10)
+    assert Bandit.from_record(bandit.to_record()) == bandit

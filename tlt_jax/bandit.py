@@ -1,0 +1,168 @@
+"""Picks the strategy of a chunk by evidence: a bucketed epsilon-greedy bandit (TLT, section 5.2).
+
+Each row bucket has its own arms, and of every arm the last rewards: tokens per second, that is
+accept length times rows by seconds of a round. The bandit mostly takes the arm with the best median
+and now and then the one that was not tried for longest. An arm that was never tried is rated by a
+cost model, in proportion to those that were, so that a cold start is not random.
+
+The state is frozen and on the host. Rewards come from a clock: where several processes run, one of
+them decides (`rollout`). Nothing here draws random numbers: exploration follows from a counter.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from tlt_jax.types import Strategy
+
+WINDOW = 8
+"""Rewards kept of each arm."""
+MEMORY = 64
+"""A reward of so many choices ago counts only where the arm has no newer one."""
+GUESSED_ACCEPTANCE = 0.8
+"""Chance that a draft of the trained drafter is accepted, before anything is known."""
+GUESSED_NGRAM_ACCEPTANCE = 0.4
+"""The same of the n-gram drafter."""
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, are spread evenly whatever their number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is known of a strategy in a row bucket."""
+
+    rows: int  # the bucket, rows per slice
+    strategy: str
+    rewards: tuple[float, ...]  # tokens per second, the newest last
+    choices: tuple[int, ...]  # how many choices had been made when each reward came
+
+    @property
+    def tried(self) -> int:
+        """When it was tried last; -1 for never."""
+        return self.choices[-1] if self.choices else -1
+
+    def median(self, now: int) -> float | None:
+        """Of what it gave lately, after `now` choices; None if it was never tried."""
+        recent = [
+            reward
+            for reward, choice in zip(self.rewards, self.choices, strict=True)
+            if choice == self.tried or choice > now - MEMORY
+        ]
+        return statistics.median(recent) if recent else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bandit:
+    """All arms that were tried, and how many choices were made."""
+
+    arms: tuple[Arm, ...] = ()
+    choices: int = 0
+
+    def known(self, rows: int, strategy: Strategy) -> Arm:
+        """The arm, without rewards if it was never tried."""
+        for arm in self.arms:
+            if (arm.rows, arm.strategy) == (rows, str(strategy)):
+                return arm
+        return Arm(rows, str(strategy), (), ())
+
+    def to_record(self) -> dict[str, Any]:
+        """The state as JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Bandit":
+        """Undoes `to_record`."""
+        arms = [
+            Arm(arm["rows"], arm["strategy"], tuple(arm["rewards"]), tuple(arm["choices"]))
+            for arm in record["arms"]
+        ]
+        return cls(tuple(arms), record["choices"])
+
+
+UNTRIED = Bandit()
+"""Nothing was tried yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What a round costs before any was timed, in passes of the target over a single token.
+
+    A pass over n tokens costs `1 + n / free_tokens`: on accelerators nothing is paid for hundreds
+    of tokens, on CPU cores for a handful. The trained drafter is one layer of `layers`.
+    """
+
+    layers: int
+    free_tokens: float
+
+    def rate(self, rows: int, strategy: Strategy) -> float:
+        """Tokens per unit of cost of a bucket of `rows` rows."""
+        chance = GUESSED_NGRAM_ACCEPTANCE if strategy.ngram else GUESSED_ACCEPTANCE
+        miss = (1 - chance) ** strategy.top_k  # of a level of the tree
+        accept_length = sum((1 - miss) ** depth for depth in range(strategy.most_committed))
+        passes = 1 + rows * strategy.verify_tokens / self.free_tokens
+        if strategy.uses_drafter:
+            nodes = rows * (strategy.most_committed + strategy.top_k * (strategy.depth - 1))
+            passes += (strategy.depth + nodes / self.free_tokens) / self.layers
+        return rows * accept_length / passes
+
+
+def select(
+    bandit: Bandit,
+    rows: int,
+    strategies: Sequence[Strategy],
+    *,
+    model: CostModel,
+    epsilon: float,
+) -> tuple[Bandit, Strategy, str]:
+    """Chooses a strategy for the bucket of `rows` rows.
+
+    Args:
+      bandit: the state before.
+      rows: rows per slice.
+      strategies: what there is to choose from, one or more.
+      model: rates what was never tried.
+      epsilon: share of choices that explore.
+
+    Returns:
+      The state after, the strategy, and why: "best" or "explored".
+    """
+    after = dataclasses.replace(bandit, choices=bandit.choices + 1)
+    explores = (bandit.choices * GOLDEN) % 1.0 >= 1 - epsilon
+    if explores:
+        longest_ago = min(strategies, key=lambda strategy: bandit.known(rows, strategy).tried)
+        return after, longest_ago, "explored"
+    rated = dict(zip(strategies, ratings(bandit, rows, strategies, model), strict=True))
+    return after, max(strategies, key=lambda strategy: rated[strategy]), "best"
+
+
+def ratings(
+    bandit: Bandit, rows: int, strategies: Sequence[Strategy], model: CostModel
+) -> list[float]:
+    """Median rewards in tokens per second; of what was never tried, an estimate.
+
+    That is the model's rate times the median of what the tried ones gave for theirs; where none was
+    tried, the rate itself.
+    """
+    rates = [model.rate(rows, strategy) for strategy in strategies]
+    medians = [bandit.known(rows, strategy).median(bandit.choices) for strategy in strategies]
+    scales = [
+        median / rate for median, rate in zip(medians, rates, strict=True) if median is not None
+    ]
+    scale = statistics.median(scales) if scales else 1.0
+    return [
+        scale * rate if median is None else median
+        for median, rate in zip(medians, rates, strict=True)
+    ]
+
+
+def update(bandit: Bandit, rows: int, strategy: Strategy, reward: float) -> Bandit:
+    """Adds what a chunk of the strategy has shown: `reward` tokens per second."""
+    arm = bandit.known(rows, strategy)
+    newer = dataclasses.replace(
+        arm,
+        rewards=(*arm.rewards, reward)[-WINDOW:],
+        choices=(*arm.choices, bandit.choices)[-WINDOW:],
+    )
+    others = tuple(other for other in bandit.arms if other != arm)
+    return dataclasses.replace(bandit, arms=(*others, newer))
