@@ -217,6 +217,11 @@ IMPOSSIBLE = [
         "config.rollout.library_texts is 31; it must hold the sequences of a step, 32",
         {"rollout": {"strategies": ("plain ngram-4",) * 5, "library_texts": 31}},
     ),
+    ("config.rollout.verification is 'exact'", {"rollout": {"verification": "exact"}}),
+    (
+        "has tree-2-2-5, but rejection sampling must verify whole trees; let it verify 7 tokens",
+        {"rollout": {"verification": "rejection", "strategies": ("tree-2-2-5",) * 5}},
+    ),
     ("config.rollout.epsilon is 1.5", {"rollout": {"epsilon": 1.5}}),
     ("config.rollout.free_tokens is 0.0", {"rollout": {"free_tokens": 0.0}}),
     ("config.rollout.threshold must be", {"rollout": {"threshold": -1}}),

@@ -73,6 +73,9 @@ class TaskConfig:
 class RolloutConfig:
     """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
 
+    `verification` is "coupled", where drafts change no token, or "rejection", where they leave the
+    distribution of the tokens as it is.
+
     `row_buckets` are rows per slice, falling; `strategies` gives the ways of decoding in each of
     them, in the written form of `types.Strategy` and with blanks between. Where there are several,
     a bandit chooses (`bandit`), which explores in a share `epsilon` of its choices and believes at
@@ -92,6 +95,7 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     speculate: bool = True
+    verification: str = "coupled"
     row_buckets: tuple[int, ...] = (16, 8, 4, 2, 1)
     strategies: tuple[str, ...] = ("chain-4",) * 5
     length_buckets: tuple[int, ...] = (144, 512)
@@ -134,6 +138,11 @@ class RolloutConfig:
     def slack(self) -> int:
         """Cache positions that a round may write beyond the longest sequence."""
         return max(arm.written_slots for arm in self.all_arms)
+
+    @property
+    def rejection(self) -> bool:
+        """Whether drafts are verified by rejection sampling."""
+        return self.verification == "rejection"
 
     @property
     def uses_ngram(self) -> bool:

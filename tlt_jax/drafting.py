@@ -22,6 +22,7 @@ from flax import struct
 from tlt_jax import drafter, kv_cache, ngram, policy, sampling, trees
 from tlt_jax.config import PolicyConfig
 from tlt_jax.kv_cache import LayerCache
+from tlt_jax.rejection import Proposal
 from tlt_jax.trees import Candidates, Tree
 from tlt_jax.types import SamplingParams, Strategy
 
@@ -44,6 +45,15 @@ class DraftInputs:
     cache: LayerCache | None  # the trained drafter's
     cached: jax.Array  # [B] int32, pairs in `cache` that come from true features
     length: jax.Array  # [B] int32, committed tokens
+
+
+@struct.dataclass
+class Drafted:
+    """What a round has drafted."""
+
+    tree: Tree  # to verify; node 0 is the pending token
+    cache: LayerCache | None  # the trained drafter's, written
+    proposals: tuple[Proposal, ...]  # one for each depth, for rejection sampling; else empty
 
 
 @struct.dataclass
@@ -80,7 +90,7 @@ def draft_tree(
     sharpness: jax.Array,
     noise: jax.Array,
     inputs: DraftInputs,
-) -> tuple[Tree, LayerCache | None]:
+) -> Drafted:
     """Guesses what the target will take in the next `strategy.depth` positions.
 
     Args:
@@ -89,11 +99,9 @@ def draft_tree(
       strategy: drafter, depth, top-k and verify tokens; not plain.
       params: sampling parameters; the drafter samples as the target will.
       sharpness: factor of noisy logits in the estimated acceptance at each depth, [d] float32.
-      noise: [B, d, V], the target's own noise of positions `length + 0 .. d - 1`.
+      noise: [B, d, V], for positions `length + 0 .. d - 1`: the target's own, or for rejection
+        sampling of another source.
       inputs: the rows.
-
-    Returns:
-      The tree to verify, whose node 0 is the pending token, and the drafter's written cache.
     """
     drafter_ = _drafter(models, config, strategy, params, inputs)
     known, cache = drafter_.begin()
@@ -107,12 +115,16 @@ def draft_tree(
         ancestors=jnp.zeros((batch, 1, 0), bool),
     )
     levels: list[Candidates] = []
+    proposals: list[Proposal] = []
     for depth in range(1, strategy.depth + 1):
         if depth > 1:
             level = _best_nodes(levels, level, strategy.top_k)
             known, cache = drafter_.feed(level, cache, depth - 1)
             level = dataclasses.replace(level, known=known)
-        noisy = sampling.noisy(drafter_.logits(level.known), noise[:, depth - 1, None], params)
+        logits = drafter_.logits(level.known)
+        if params.rejection:  # nodes of a whole tree are its candidates, after the pending token
+            proposals.append(Proposal(level.candidates + 1, sampling.probs(logits, params)))
+        noisy = sampling.noisy(logits, noise[:, depth - 1, None], params)
         levels.append(
             trees.children(
                 noisy, sharpness[depth - 1], level.candidates, level.scores, top_k=strategy.top_k
@@ -122,7 +134,7 @@ def draft_tree(
     tree = trees.prune(
         pending[:, 0], candidates, depth=strategy.depth, verify_tokens=strategy.verify_tokens
     )
-    return tree, cache
+    return Drafted(tree, cache, tuple(proposals))
 
 
 def _best_nodes(levels: list[Candidates], above: Level, top_k: int) -> Level:

@@ -80,7 +80,11 @@ class RolloutPrograms:
         made = Sampler(
             key=key,
             params=sampling.make_params(
-                config.temperature, config.top_k, config.top_p, filtered=config.filtered
+                config.temperature,
+                config.top_k,
+                config.top_p,
+                filtered=config.filtered,
+                rejection=config.rejection,
             ),
             stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
         )
@@ -198,10 +202,11 @@ class RolloutPrograms:
 
     def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
         """The compiled program of `chunk`."""
-        _, _, buffer, library, _, _, rows = arguments
+        _, _, buffer, library, sampler, _, rows = arguments
         held = buffer is not None, library and library.tokens.shape
+        static = sampler.params.filtered, sampler.params.rejection
         return self.pool.get(
-            ("chunk", kind, rows.tokens.shape, *held),
+            ("chunk", kind, rows.tokens.shape, *held, *static),
             lambda: chunk.chunk_program(
                 self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
             ),

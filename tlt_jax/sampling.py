@@ -14,13 +14,16 @@ from tlt_jax.types import SamplingParams
 MASKED = -1e30
 
 
-def make_params(temperature: float, top_k: int, top_p: float, *, filtered: bool) -> SamplingParams:
+def make_params(
+    temperature: float, top_k: int, top_p: float, *, filtered: bool, rejection: bool = False
+) -> SamplingParams:
     """Sampling parameters as device data; `filtered` says whether top-k / top-p apply at all."""
     return SamplingParams(
         temperature=jnp.float32(temperature),
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(top_p),
         filtered=filtered,
+        rejection=rejection,
     )
 
 
@@ -44,6 +47,19 @@ def position_noise(
     def one(sequence_id: jax.Array, position: jax.Array) -> jax.Array:
         drawn = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
         return jax.random.gumbel(drawn, (vocab_size,), jnp.float32)
+
+    positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sequence_ids, positions)
+
+
+def position_uniforms(
+    key: jax.Array, sequence_ids: jax.Array, starts: jax.Array, *, count: int, width: int
+) -> jax.Array:
+    """Uniform numbers in [0, 1), [B, count, width] float32; arguments as of `position_noise`."""
+
+    def one(sequence_id: jax.Array, position: jax.Array) -> jax.Array:
+        drawn = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
+        return jax.random.uniform(drawn, (width,), jnp.float32)
 
     positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sequence_ids, positions)
@@ -88,6 +104,11 @@ def noisy(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax
 def pick(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax.Array:
     """The coupled sample: [...] int32 from processed logits and noise, both [..., V]."""
     return jnp.argmax(noisy(processed, noise, params), axis=-1).astype(jnp.int32)
+
+
+def probs(processed: jax.Array, params: SamplingParams) -> jax.Array:
+    """The distribution that sampling draws from, [..., V] from processed logits [..., V]."""
+    return jax.nn.softmax(processed / _safe(params.temperature), axis=-1)
 
 
 def log_probs(processed: jax.Array, tokens: jax.Array, params: SamplingParams) -> jax.Array:

@@ -10,8 +10,10 @@ A row with n committed tokens x[0] .. x[n - 1] holds target keys, values and fea
 3. *commits*: the path of drafts that equal the target's tokens, and the target's own next token.
    Of a tree the path's keys and values are moved to where they belong; of a chain they lie there.
 
-What a round writes beyond the committed tokens is overwritten by the next one. Verification is
-`coupled` (design: drafter invariance): tokens depend on target, prompt and key alone.
+What a round writes beyond the committed tokens is overwritten by the next one. This is `coupled`
+verification: tokens depend on target, prompt and key alone. With `rejection` verification (see
+`rejection`) the drafter draws its guesses with noise of its own, and what is kept of them follows
+the target's distribution.
 
 Axes: B rows, S cache length, D width, d draft depth, M verified tokens, V vocabulary.
 """
@@ -22,12 +24,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import drafter, drafting, kv_cache, policy, sampling, trees
+from tlt_jax import drafter, drafting, kv_cache, policy, rejection, sampling, trees
 from tlt_jax.config import PolicyConfig
-from tlt_jax.drafting import DraftInputs, Models
+from tlt_jax.drafting import Drafted, DraftInputs, Models
 from tlt_jax.kv_cache import LayerCache
-from tlt_jax.trees import Tree
+from tlt_jax.rejection import Draws
 from tlt_jax.types import SamplingParams, Strategy
+
+# Folded into the step's key for `rejection`; sequence ids, folded in for tokens, stay below.
+DRAFT_STREAM, CHANCE_STREAM = 2**31 - 2, 2**31 - 3
 
 
 @struct.dataclass
@@ -176,47 +181,68 @@ def run_round(
 ) -> tuple[RolloutState, RoundStats]:
     """One round on all rows of a slice; rows that are not live are computed but not changed."""
     with jax.named_scope("noise"):
-        noise = sampling.position_noise(
-            sampler.key,
-            state.sequence_ids,
-            state.length,
-            count=strategy.most_committed,
-            vocab_size=config.vocab_size,
-        )
+        draft_noise, draws = _draw(config, strategy, sampler, state)
     if strategy.is_plain:
         pending = kv_cache.take_rows(state.tokens, state.length - 1, 1)[:, 0]
         tree = trees.prune(pending, trees.no_candidates(pending), depth=0, verify_tokens=1)
+        drafted = Drafted(tree, state.draft_cache, ())
     else:
         with jax.named_scope("draft"):
-            tree, draft_cache = drafting.draft_tree(
+            drafted = drafting.draft_tree(
                 models,
                 config,
                 strategy,
                 sampler.params,
                 sharpness,
-                noise[:, :-1],
+                draft_noise,
                 _draft_inputs(state),
             )
         if strategy.uses_drafter:
             known = state.length - 1
-            state = dataclasses.replace(state, draft_cache=draft_cache, draft_length=known)
-    cache, verified = _verify(models, config, strategy, sampler, noise, tree, state)
+            state = dataclasses.replace(state, draft_cache=drafted.cache, draft_length=known)
+    cache, verified = _verify(models, config, strategy, sampler.params, draws, drafted, state)
     with jax.named_scope("commit"):
         state = dataclasses.replace(state, cache=cache)
         return _commit(state, stats, verified, sampler.stop_tokens)
+
+
+def _draw(
+    config: PolicyConfig, strategy: Strategy, sampler: Sampler, state: RolloutState
+) -> tuple[jax.Array, Draws]:
+    """Noise of the drafts [B, d, V], and what verification draws.
+
+    `coupled` verification has one noise for both. For `rejection` the three are independent: shared
+    noise between drafts and recovered tokens would bias these.
+    """
+    where = state.sequence_ids, state.length
+    noise = sampling.position_noise(
+        sampler.key, *where, count=strategy.most_committed, vocab_size=config.vocab_size
+    )
+    if not sampler.params.rejection:
+        return noise[:, :-1], Draws(jnp.zeros((noise.shape[0], 0, 0)), noise)
+    of_drafts, of_chances = (
+        jax.random.fold_in(sampler.key, stream) for stream in (DRAFT_STREAM, CHANCE_STREAM)
+    )
+    uniforms = sampling.position_uniforms(
+        of_chances, *where, count=strategy.depth, width=strategy.top_k
+    )
+    draft_noise = sampling.position_noise(
+        of_drafts, *where, count=strategy.depth, vocab_size=config.vocab_size
+    )
+    return draft_noise, Draws(uniforms, noise)
 
 
 def _verify(
     models: Models,
     config: PolicyConfig,
     strategy: Strategy,
-    sampler: Sampler,
-    noise: jax.Array,
-    tree: Tree,
+    params: SamplingParams,
+    draws: Draws,
+    drafted: Drafted,
     state: RolloutState,
 ) -> tuple[tuple[LayerCache, ...], _Verified]:
-    """One target pass over the tree, and the path that it accepts; `noise` is [B, d + 1, V]."""
-    pending = state.length - 1
+    """One target pass over the tree, and the path that it accepts."""
+    pending, tree = state.length - 1, drafted.tree
     branches = not strategy.is_chain
     with jax.named_scope("verify"):
         hidden, _, cache = policy.decode(
@@ -229,21 +255,60 @@ def _verify(
             depths=tree.depths if branches else None,
         )
     with jax.named_scope("head"):
-        processed = sampling.process_logits(policy.logits(models.target, hidden), sampler.params)
-        noise = trees.take(noise, tree.depths) if branches else noise
-        taken = sampling.pick(processed, noise, sampler.params)
-        log_probs = sampling.log_probs(processed, taken, sampler.params)
+        processed = sampling.process_logits(policy.logits(models.target, hidden), params)
     with jax.named_scope("commit"):
-        expected = jnp.zeros((taken.shape[0], strategy.depth), jnp.float32)
-        if not branches:
-            accepted = trees.accepted_in_chain(tree.tokens, taken)
-        else:
-            found = trees.accepted_nodes(tree, taken)
-            accepted, path = trees.accepted_path(tree, found, depth=strategy.depth)
-            expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
-            taken, log_probs, hidden = (trees.take(x, path) for x in (taken, log_probs, hidden))
+        accept = _by_rejection if params.rejection else _by_coupling
+        verified, path = accept(strategy, params, draws, drafted, processed, hidden)
+        if branches:
             cache = tuple(kv_cache.move(layer, pending, path) for layer in cache)
-    return cache, _Verified(taken, log_probs, hidden, accepted, expected)
+    return cache, verified
+
+
+def _by_coupling(
+    strategy: Strategy,
+    params: SamplingParams,
+    draws: Draws,
+    drafted: Drafted,
+    processed: jax.Array,
+    hidden: jax.Array,
+) -> tuple[_Verified, jax.Array]:
+    """What was accepted, and the path's nodes [B, d + 1]; a draft is if it is the target's token.
+
+    `processed` are the target's logits after each node, [B, M, V], `hidden` its features there.
+    """
+    tree, branches = drafted.tree, not strategy.is_chain
+    noise = trees.take(draws.noise, tree.depths) if branches else draws.noise
+    taken = sampling.pick(processed, noise, params)
+    log_probs = sampling.log_probs(processed, taken, params)
+    if not branches:
+        expected = jnp.zeros((taken.shape[0], strategy.depth), jnp.float32)
+        accepted = trees.accepted_in_chain(tree.tokens, taken)
+        return _Verified(taken, log_probs, hidden, accepted, expected), tree.depths
+    found = trees.accepted_nodes(tree, taken)
+    accepted, path = trees.accepted_path(tree, found, depth=strategy.depth)
+    expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
+    taken, log_probs, hidden = (trees.take(x, path) for x in (taken, log_probs, hidden))
+    return _Verified(taken, log_probs, hidden, accepted, expected), path
+
+
+def _by_rejection(
+    strategy: Strategy,
+    params: SamplingParams,
+    draws: Draws,
+    drafted: Drafted,
+    processed: jax.Array,
+    hidden: jax.Array,
+) -> tuple[_Verified, jax.Array]:
+    """The same by rejection sampling; arguments as of `_by_coupling`."""
+    tree = drafted.tree
+    walk = rejection.walk(tree, drafted.proposals, sampling.probs(processed, params), draws)
+    expected = jnp.zeros((processed.shape[0], strategy.depth), jnp.float32)
+    if not strategy.is_chain:
+        found = jnp.any(walk.path[:, :, None] == jnp.arange(tree.tokens.shape[1]), axis=1)
+        expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
+        processed, hidden = trees.take(processed, walk.path), trees.take(hidden, walk.path)
+    log_probs = sampling.log_probs(processed, walk.taken, params)
+    return _Verified(walk.taken, log_probs, hidden, walk.accepted, expected), walk.path
 
 
 def _commit(

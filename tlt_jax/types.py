@@ -120,11 +120,13 @@ class Strategy:
 class SamplingParams:
     """Sampling parameters as data: changing a value compiles nothing.
 
-    Only `filtered` is static: it says whether top-k / top-p filtering is part of the program at
-    all (a sort over the vocabulary, left out of the program when nobody asks for it).
+    Two fields are static, because they change what is computed: `filtered` says whether top-k /
+    top-p filtering is part of the program at all (a sort over the vocabulary), `rejection` whether
+    drafts are verified by rejection sampling instead of against the coupled sample.
     """
 
     temperature: jax.Array  # [] float32, 0 is greedy
     top_k: jax.Array  # [] int32, 0 keeps every token
     top_p: jax.Array  # [] float32, 1 keeps every token
     filtered: bool = struct.field(pytree_node=False, default=False)
+    rejection: bool = struct.field(pytree_node=False, default=False)

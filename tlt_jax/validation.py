@@ -122,6 +122,16 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
 
 
 def _validate_choice(rollout: RolloutConfig) -> None:
+    _require(
+        rollout.verification in ("coupled", "rejection"),
+        f"config.rollout.verification is '{rollout.verification}'; use 'coupled' or 'rejection'.",
+    )
+    for arm in rollout.all_arms if rollout.rejection else ():
+        _require(
+            arm.verify_tokens == 1 + arm.candidates,
+            f"config.rollout.strategies has {arm}, but rejection sampling must verify whole trees; "
+            f"let it verify {1 + arm.candidates} tokens.",
+        )
     _require(0 <= rollout.epsilon <= 1, f"config.rollout.epsilon is {rollout.epsilon}; use [0, 1].")
     _require(
         rollout.free_tokens > 0,
