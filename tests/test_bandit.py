@@ -1,5 +1,6 @@
 """The bandit on simulated arms, and its cost model."""
 
+import functools
 import random
 
 import pytest
@@ -19,7 +20,7 @@ def _play(speeds, *, choices, epsilon=0.1, bandit=None, seed=0, rows=4):
     for number in range(choices):
         bandit, arm, _ = bandit_lib.select(bandit, rows, ARMS, model=MODEL, epsilon=epsilon)
         reward = speeds(number)[arm] * rng.uniform(0.9, 1.1)
-        bandit = bandit_lib.update(bandit, rows, arm, reward)
+        bandit = bandit_lib.update(bandit, rows, arm, reward, accept_length=1.0)
         taken.append(arm)
     return bandit, taken
 
@@ -48,7 +49,7 @@ def test_without_exploration_nothing_is_explored():
         bandit, explored = Bandit(), 0
         for _ in range(200):
             bandit, arm, why = bandit_lib.select(bandit, 4, ARMS, model=MODEL, epsilon=epsilon)
-            bandit = bandit_lib.update(bandit, 4, arm, speeds[arm])
+            bandit = bandit_lib.update(bandit, 4, arm, speeds[arm], accept_length=1.0)
             explored += why == "explored"
         assert least <= explored <= most
 
@@ -62,7 +63,7 @@ def test_exploration_takes_the_arm_that_was_not_tried_for_longest():
 def test_one_outlier_changes_no_choice():
     """The median: a chunk that a neighbour slowed down says little."""
     bandit, _ = _play(lambda _: {PLAIN: 1.0, SHORT: 2.0, LONG: 1.5, NGRAM: 1.0}, choices=60)
-    bandit = bandit_lib.update(bandit, 4, SHORT, 0.001)
+    bandit = bandit_lib.update(bandit, 4, SHORT, 0.001, accept_length=1.0)
     _, arm, why = bandit_lib.select(bandit, 4, ARMS, model=MODEL, epsilon=0.0)
     assert (arm, why) == (SHORT, "best")
 
@@ -78,13 +79,13 @@ def test_buckets_know_nothing_of_one_another():
 def test_rewards_beyond_the_window_are_forgotten():
     bandit = Bandit()
     for reward in range(WINDOW + 3):
-        bandit = bandit_lib.update(bandit, 4, SHORT, float(reward))
+        bandit = bandit_lib.update(bandit, 4, SHORT, float(reward), accept_length=1.0)
     assert bandit.known(4, SHORT).rewards == tuple(map(float, range(3, WINDOW + 3)))
 
 
 def test_an_arm_that_was_never_tried_is_rated_on_the_scale_of_the_others():
     """Where chain-2 gave 30 times its rate by the model, chain-8 is expected to do so too."""
-    bandit = bandit_lib.update(Bandit(), 4, SHORT, 30 * MODEL.rate(4, SHORT))
+    bandit = bandit_lib.update(Bandit(), 4, SHORT, 30 * MODEL.rate(4, SHORT), accept_length=2.0)
     rated = bandit_lib.ratings(bandit, 4, (SHORT, LONG), MODEL)
     assert rated == pytest.approx([30 * MODEL.rate(4, SHORT), 30 * MODEL.rate(4, LONG)])
 
@@ -104,6 +105,38 @@ def test_the_model_knows_many_rows_from_few(free_tokens, rows, best):
     """Many rows on a slow machine decode plainly; few on a fast one draft deep."""
     model = CostModel(layers=32, free_tokens=free_tokens)
     assert max((PLAIN, SHORT, LONG), key=lambda arm: model.rate(rows, arm)) == best
+
+
+def test_a_strategy_that_gave_up_is_left_at_once():
+    """What it gave while its drafter was whole counts no more; later it is tried again."""
+    speeds = {PLAIN: 100.0, SHORT: 150.0, LONG: 200.0, NGRAM: 90.0}
+    bandit, _ = _play(lambda _: speeds, choices=60)
+    update = {"accept_length": 1.0, "gave_up": True}
+    broken = bandit_lib.update(bandit, 4, LONG, 20.0, **update)
+    assert broken.known(4, LONG).rewards == (20.0,)
+    assert bandit_lib.select(broken, 4, ARMS, model=MODEL, epsilon=0.0)[1] == SHORT
+    _, taken = _play(lambda _: speeds, choices=150, bandit=broken)
+    assert taken[100:].count(LONG) >= 40
+
+
+def test_a_chunk_gives_up_between_nothing_and_the_break_even():
+    """chain-8 gives 200 at 6 tokens a round, plain decoding 100: at 3 they would be equal."""
+    known = {PLAIN: (100.0, 1.0), LONG: (200.0, 6.0)}
+    bandit = Bandit()
+    for arm, (reward, length) in known.items():
+        bandit = bandit_lib.update(bandit, 4, arm, reward, accept_length=length)
+    below = functools.partial(bandit_lib.give_up_below, bandit, 4)
+    assert below(LONG, (PLAIN, LONG), MODEL) == pytest.approx((1 + 3) / 2)
+    assert below(PLAIN, (PLAIN, LONG), MODEL) == 0.0
+    assert below(LONG, (LONG,), MODEL) == 0.0
+
+
+def test_a_slower_strategy_may_be_explored():
+    """Plain decoding is far ahead, still a chunk of chain-8 as usual runs to its end."""
+    bandit = bandit_lib.update(Bandit(), 4, PLAIN, 900.0, accept_length=1.0)
+    bandit = bandit_lib.update(bandit, 4, LONG, 100.0, accept_length=5.0)
+    below = bandit_lib.give_up_below(bandit, 4, LONG, (PLAIN, LONG), MODEL)
+    assert below < 0.7 * 5.0
 
 
 def test_a_record_gives_the_same_state():

@@ -22,6 +22,7 @@ from tlt_jax.speculation import (
     RolloutState,
     Sampler,
     refresh_draft_cache,
+    run_round,
     run_rounds,
     zero_stats,
 )
@@ -185,9 +186,8 @@ def _two_tokens(models, sampler, strategy):
     )
     state = refresh_draft_cache(models, SHAPE, strategy, state)
     sharpness, stats = jnp.ones(DEPTH), zero_stats(strategy)
-    state, stats = run_rounds(
-        models, SHAPE, strategy, sampler, sharpness, state, stats, jnp.int32(2)
-    )
+    step = functools.partial(run_round, models, SHAPE, strategy, sampler, sharpness)
+    state, stats = run_rounds(step, state, stats, jnp.int32(2))
     end = len(PROMPT) + 2
     return state.tokens[:, len(PROMPT) : end], state.log_probs[:, len(PROMPT) : end], stats
 

@@ -186,6 +186,42 @@ def test_a_log_of_strategies_can_be_replayed():
         roll(replay=["chain-4"])
 
 
+@pytest.fixture
+def steady_clock(monkeypatch):
+    """A round of plain decoding takes a second, one of a chain 1.6, whatever the machine does."""
+    now, chunk = [0.0], toy_engine.Engine.chunk
+
+    def timed(self, kind, *arguments):
+        result = chunk(self, kind, *arguments)
+        now[0] += int(result[-1].stats.rounds.max()) * (1.0 if kind.strategy.is_plain else 1.6)
+        return result
+
+    monkeypatch.setattr(toy_engine.Engine, "chunk", timed)
+    monkeypatch.setattr(toy_engine.rollout.time, "monotonic", lambda: now[0])
+
+
+def test_a_broken_drafter_is_left_within_three_rounds_and_said_once(steady_clock, capsys):
+    """And taken up again when it is whole; the tokens stay those of plain decoding."""
+    programs = toy_engine.engine("bandit").having(temperature=0.0, epsilon=0.2, chunk_tokens=24)
+    target, whole = toy_engine.counting()
+    broken = jax.tree.map(lambda x: x * np.nan, whole)
+    asked = toy_engine.counting_prompts(*[31] * 8)
+    controller, told, speculative = FRESH, [], []
+    for step, draft in enumerate([whole] * 3 + [broken] * 6 + [whole] * 12):
+        result = toy_engine.roll(programs, (target, draft), asked, seed=step, controller=controller)
+        for tokens, prompt in zip(toy_engine.tokens_of(result), asked, strict=True):
+            assert tokens.tolist() == _counted(prompt, 31)
+        controller = result.controller
+        told.append(capsys.readouterr().out.splitlines())
+        drafted = [record for record in result.chunks if record.strategy != "plain"]
+        speculative.append(len(drafted) / len(result.chunks))
+        assert draft is whole or {max(record.rounds_run) for record in drafted} <= {3}
+    fallen = "chain-2: hardly a draft is accepted; falling back to another strategy"
+    assert told[:9] == [[], [], [], [fallen]] + [[]] * 5
+    assert [line for lines in told[9:] for line in lines] == ["chain-2: drafts are accepted again"]
+    assert controller.broken == () and np.mean(speculative[-3:]) > 0.6
+
+
 @pytest.mark.parametrize("threshold", [1, 2])
 def test_a_threshold_turns_speculation_on_for_the_tail(threshold):
     result = _bandit_roll(threshold=threshold)[0]()

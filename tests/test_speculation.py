@@ -17,6 +17,7 @@ from tlt_jax.speculation import (
     Sampler,
     count_committed,
     refresh_draft_cache,
+    run_round,
     run_rounds,
     zero_stats,
 )
@@ -83,10 +84,11 @@ def test_committed_tokens_by_hand(drafts, taken, length, limit, committed, live,
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
-def _run(models, strategy, sampler, state, rounds, sharpness=1.0):
+def _run(models, strategy, sampler, state, rounds, sharpness=1.0, give_up_below=0.0):
     state = refresh_draft_cache(models, SHAPE, strategy, state)
     sharpness, stats = jnp.full(DEPTH, sharpness), zero_stats(strategy)
-    return run_rounds(models, SHAPE, strategy, sampler, sharpness, state, stats, rounds)
+    step = functools.partial(run_round, models, SHAPE, strategy, sampler, sharpness)
+    return run_rounds(step, state, stats, rounds, give_up_below)
 
 
 @jax.jit
@@ -268,6 +270,20 @@ def test_a_broken_drafter_changes_no_token(random_models, after_rounds, strategy
         both = min(int(state.length[row]), int(good.length[row]))
         np.testing.assert_array_equal(state.tokens[row, :both], good.tokens[row, :both])
     assert np.all(np.isfinite(state.features)) and int(stats.committed) >= 4
+
+
+@pytest.mark.parametrize(("give_up_below", "rounds"), [(0.0, 9), (1.0, 9), (2.0, 3), (9.0, 3)])
+def test_rounds_end_early_where_hardly_a_draft_is_accepted(random_models, give_up_below, rounds):
+    """Not before the third; a drafter that is always right goes on until more is asked for."""
+    strategy, state = Strategy(DEPTH), _prefilled(random_models, toy_engine.prompts(4), [50] * 4)
+    broken = random_models.replace(draft=jax.tree.map(lambda x: x * jnp.nan, random_models.draft))
+    run = functools.partial(_run, give_up_below=give_up_below)
+    after, stats = run(broken, strategy, _sampler(), state, jnp.int32(9))
+    assert int(stats.rounds) == rounds and np.all(after.live)
+    models = Models(*toy_engine.mirrored())
+    state = _prefilled(models, toy_engine.prompts(4), [50] * 4)
+    _, stats = run(models, strategy, _sampler(), state, jnp.int32(9))
+    assert int(stats.rounds) == (3 if give_up_below > DEPTH + 1 else 9)
 
 
 def test_zero_statistics_have_one_entry_per_draft():

@@ -167,7 +167,8 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
             whole,
         ),
         orders=_evaluated(
-            lambda: ChunkOrders(jnp.int32(0), jnp.int32(0), jnp.ones(CHAIN.depth)), whole
+            lambda: ChunkOrders(jnp.int32(0), jnp.int32(0), jnp.ones(CHAIN.depth), jnp.float32(0)),
+            whole,
         ),
         rows=_evaluated(
             functools.partial(_prefill(mesh, config, length), target, *batch),

@@ -36,6 +36,7 @@ class Arm:
     strategy: str
     rewards: tuple[float, ...]  # tokens per second, the newest last
     choices: tuple[int, ...]  # how many choices had been made when each reward came
+    accept_length: float  # when the newest reward came
 
     @property
     def tried(self) -> int:
@@ -64,7 +65,7 @@ class Bandit:
         for arm in self.arms:
             if (arm.rows, arm.strategy) == (rows, str(strategy)):
                 return arm
-        return Arm(rows, str(strategy), (), ())
+        return Arm(rows, str(strategy), (), (), 0.0)
 
     def to_record(self) -> dict[str, Any]:
         """The state as JSON."""
@@ -74,7 +75,7 @@ class Bandit:
     def from_record(cls, record: dict[str, Any]) -> "Bandit":
         """Undoes `to_record`."""
         arms = [
-            Arm(arm["rows"], arm["strategy"], tuple(arm["rewards"]), tuple(arm["choices"]))
+            Arm(**(arm | {name: tuple(arm[name]) for name in ("rewards", "choices")}))
             for arm in record["arms"]
         ]
         return cls(tuple(arms), record["choices"])
@@ -95,16 +96,19 @@ class CostModel:
     layers: int
     free_tokens: float
 
-    def rate(self, rows: int, strategy: Strategy) -> float:
-        """Tokens per unit of cost of a bucket of `rows` rows."""
+    def accept_length(self, strategy: Strategy) -> float:
+        """Tokens a round commits in each row."""
         chance = GUESSED_NGRAM_ACCEPTANCE if strategy.ngram else GUESSED_ACCEPTANCE
         miss = (1 - chance) ** strategy.top_k  # of a level of the tree
-        accept_length = sum((1 - miss) ** depth for depth in range(strategy.most_committed))
+        return sum((1 - miss) ** depth for depth in range(strategy.most_committed))
+
+    def rate(self, rows: int, strategy: Strategy) -> float:
+        """Tokens per unit of cost of a bucket of `rows` rows."""
         passes = 1 + rows * strategy.verify_tokens / self.free_tokens
         if strategy.uses_drafter:
             nodes = rows * (strategy.most_committed + strategy.top_k * (strategy.depth - 1))
             passes += (strategy.depth + nodes / self.free_tokens) / self.layers
-        return rows * accept_length / passes
+        return rows * self.accept_length(strategy) / passes
 
 
 def select(
@@ -156,13 +160,54 @@ def ratings(
     ]
 
 
-def update(bandit: Bandit, rows: int, strategy: Strategy, reward: float) -> Bandit:
-    """Adds what a chunk of the strategy has shown: `reward` tokens per second."""
+def give_up_below(
+    bandit: Bandit,
+    rows: int,
+    strategy: Strategy,
+    strategies: Sequence[Strategy],
+    model: CostModel,
+) -> float:
+    """Accept length under which a chunk of the strategy should end early: its drafter is broken.
+
+    It lies half-way between 1, nothing accepted, and the accept length at which the best other
+    strategy would be as fast; but below what is usual, so that a slower one can be explored. It is
+    0 where nothing is drafted or there is no other strategy.
+    """
+    if strategy.is_plain or len(strategies) == 1:
+        return 0.0
+    rated = dict(zip(strategies, ratings(bandit, rows, strategies, model), strict=True))
+    best_other = max(rating for other, rating in rated.items() if other != strategy)
+    guess, arm = model.accept_length(strategy), bandit.known(rows, strategy)
+    even = best_other * (arm.accept_length if arm.rewards else guess) / rated[strategy]
+    return (1 + min(even, max(arm.accept_length, guess))) / 2
+
+
+def update(
+    bandit: Bandit,
+    rows: int,
+    strategy: Strategy,
+    reward: float,
+    *,
+    accept_length: float,
+    gave_up: bool = False,
+) -> Bandit:
+    """Adds what a chunk of the strategy has shown.
+
+    Args:
+      bandit: the state before.
+      rows: the bucket.
+      strategy: what ran.
+      reward: tokens per second.
+      accept_length: tokens a round committed in a row.
+      gave_up: the chunk ended early (`give_up_below`): what the arm gave before is forgotten.
+    """
     arm = bandit.known(rows, strategy)
+    kept = dataclasses.replace(arm, rewards=(), choices=()) if gave_up else arm
     newer = dataclasses.replace(
-        arm,
-        rewards=(*arm.rewards, reward)[-WINDOW:],
-        choices=(*arm.choices, bandit.choices)[-WINDOW:],
+        kept,
+        rewards=(*kept.rewards, reward)[-WINDOW:],
+        choices=(*kept.choices, bandit.choices)[-WINDOW:],
+        accept_length=accept_length,
     )
     others = tuple(other for other in bandit.arms if other != arm)
     return dataclasses.replace(bandit, arms=(*others, newer))

@@ -29,6 +29,7 @@ from tlt_jax.speculation import (
     RoundStats,
     Sampler,
     refresh_draft_cache,
+    run_round,
     run_rounds,
     zero_stats,
 )
@@ -56,6 +57,7 @@ class ChunkOrders:
     rounds: jax.Array  # [] int32, most rounds
     index: jax.Array  # [] int32, of the chunk in its rollout; varies the microbatch draws
     sharpness: jax.Array  # [d] float32, one for each draft depth, see `trees`
+    give_up_below: jax.Array  # [] float32, accept length; see `speculation.run_rounds`
 
 
 @struct.dataclass
@@ -110,7 +112,7 @@ def chunk_program(
             total=spot_training.zero_sum(state.params) if kind.training else None,
             microbatches=jnp.int32(0),
         )
-        roll = functools.partial(_roll, models, config, kind.strategy, sampler, orders.sharpness)
+        roll = functools.partial(_roll, models, config, kind.strategy, sampler, orders)
         loss = jnp.float32(jnp.nan)
         if kind.training:
             key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
@@ -219,15 +221,14 @@ def _roll(
     config: PolicyConfig,
     strategy: Strategy,
     sampler: Sampler,
-    sharpness: jax.Array,
+    orders: ChunkOrders,
     work: SliceWork,
     rounds: jax.Array,
 ) -> SliceWork:
     """Rounds until `rounds` have been run or nothing is live; then stores what ended."""
+    step = functools.partial(run_round, models, config, strategy, sampler, orders.sharpness)
     with jax.named_scope("rollout"):
-        rows, stats = run_rounds(
-            models, config, strategy, sampler, sharpness, work.rows, work.stats, rounds
-        )
+        rows, stats = run_rounds(step, work.rows, work.stats, rounds, orders.give_up_below)
     buffer = work.buffer
     if buffer is not None:
         buffer, rows = store_finished(buffer, rows)

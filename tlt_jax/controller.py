@@ -26,12 +26,13 @@ class Controller:
     `idle_credit` are microbatches saved up for training between steps, with one slice.
     `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
     multiplied in the estimated acceptance (`trees`); depths beyond its end have 0. `bandit` chooses
-    strategies.
+    strategies. `broken` are those whose drafts were hardly accepted when they ran last.
     """
 
     idle_credit: float = 0.0
     log_sharpness: tuple[float, ...] = ()
     bandit: Bandit = UNTRIED
+    broken: tuple[str, ...] = ()
 
     def sharpness(self, depths: int) -> list[float]:
         """The factor at draft depth 1 .. `depths`."""
@@ -44,6 +45,7 @@ class Controller:
             "idle_credit": self.idle_credit,
             "log_sharpness": list(self.log_sharpness),
             "bandit": self.bandit.to_record(),
+            "broken": list(self.broken),
         }
 
     @classmethod
@@ -53,6 +55,7 @@ class Controller:
             record["idle_credit"],
             tuple(record["log_sharpness"]),
             Bandit.from_record(record["bandit"]),
+            tuple(record["broken"]),
         )
 
 
@@ -88,3 +91,17 @@ def calibrate(
         moved = logs[index] + RATE * trust * (hits - estimate) / trials
         logs[index] = min(max(moved, -LOG_RANGE), LOG_RANGE)
     return dataclasses.replace(controller, log_sharpness=tuple(logs))
+
+
+def note_broken(controller: Controller, strategy: str, *, broken: bool) -> tuple[Controller, str]:
+    """Keeps in mind whether a strategy's drafts are of use; returns a sentence if that changed."""
+    known = strategy in controller.broken
+    if broken == known:
+        return controller, ""
+    if broken:
+        names = (*controller.broken, strategy)
+        told = f"{strategy}: hardly a draft is accepted; falling back to another strategy"
+    else:
+        names = tuple(name for name in controller.broken if name != strategy)
+        told = f"{strategy}: drafts are accepted again"
+    return dataclasses.replace(controller, broken=names), told

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tlt_jax import chunk, ngram, row_programs, sampling, sharding
+from tlt_jax.bandit import CostModel
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
@@ -66,6 +67,11 @@ class RolloutPrograms:
         """Strategies of the bucket of `rows` rows per slice."""
         return self.rollout.arms(rows) if self.drafting else (Strategy(),)
 
+    @property
+    def cost_model(self) -> CostModel:
+        """What rounds are believed to cost before any was timed."""
+        return CostModel(self.policy.num_layers, self.rollout.free_tokens)
+
     def kind(self, rows: int, strategy: Strategy, *, training: bool) -> ChunkKind:
         """Kind of chunk in the bucket of `rows` rows per slice."""
         return ChunkKind(strategy, block=self.price(rows) if training else 0)
@@ -91,14 +97,19 @@ class RolloutPrograms:
         return jax.device_put(made, sharding.replicated(self.mesh))
 
     def orders(
-        self, strategy: Strategy, *, rounds: int, index: int, controller: Controller = FRESH
+        self,
+        strategy: Strategy,
+        *,
+        rounds: int,
+        index: int,
+        controller: Controller = FRESH,
+        give_up_below: float = 0.0,
     ) -> ChunkOrders:
         """Orders for one chunk of a strategy as device data."""
         known = FRESH if strategy.ngram else controller  # shares of votes are left as they are
         sharpness = np.asarray(known.sharpness(strategy.depth), np.float32)
-        numbers = np.int32(rounds), np.int32(index), sharpness
-        placed = jax.device_put(numbers, sharding.replicated(self.mesh))
-        return ChunkOrders(rounds=placed[0], index=placed[1], sharpness=placed[2])
+        numbers = np.int32(rounds), np.int32(index), sharpness, np.float32(give_up_below)
+        return ChunkOrders(*jax.device_put(numbers, sharding.replicated(self.mesh)))
 
     def empty_library(self) -> Library | None:
         """A library for the n-gram drafter; None if no strategy uses one."""

@@ -21,10 +21,10 @@ from tlt_jax import bandit as bandit_lib
 from tlt_jax import sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkReport
-from tlt_jax.controller import FRESH, Controller, calibrate
+from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
-from tlt_jax.speculation import RolloutState, Sampler
+from tlt_jax.speculation import PROVING_ROUNDS, RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import INVALID, Strategy, UserError
 
@@ -245,7 +245,7 @@ def _choose(programs: RolloutPrograms, flight: _Flight) -> tuple[Strategy, str]:
         flight.controller.bandit,
         rows,
         arms,
-        model=bandit_lib.CostModel(programs.policy.num_layers, settings.free_tokens),
+        model=programs.cost_model,
         epsilon=settings.epsilon,
     )
     flight.controller = dataclasses.replace(flight.controller, bandit=bandit)
@@ -294,8 +294,19 @@ def _launch(
     before = flight.live_by_slice(programs.slices)
     index = len(flight.chunks)
     start = time.monotonic()
+    rows = flight.bucket(programs)
     orders = programs.orders(
-        kind.strategy, rounds=rounds, index=index, controller=flight.controller
+        kind.strategy,
+        rounds=rounds,
+        index=index,
+        controller=flight.controller,
+        give_up_below=bandit_lib.give_up_below(
+            flight.controller.bandit,
+            rows,
+            kind.strategy,
+            programs.arms(rows),
+            programs.cost_model,
+        ),
     )
     flight.drafter_state, flight.buffer, flight.library, flight.rows, report = programs.chunk(
         kind,
@@ -320,14 +331,25 @@ def _launch(
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    flight.controller = _taught(programs, flight.controller, kind.strategy, record)
+    gave_up = bool(
+        np.any((told.stats.rounds < rounds) & (flight.live_by_slice(programs.slices) > 0))
+    )
+    flight.controller = _taught(programs, flight.controller, kind.strategy, record, gave_up=gave_up)
     return record
 
 
 def _taught(
-    programs: RolloutPrograms, controller: Controller, strategy: Strategy, record: ChunkRecord
+    programs: RolloutPrograms,
+    controller: Controller,
+    strategy: Strategy,
+    record: ChunkRecord,
+    *,
+    gave_up: bool,
 ) -> Controller:
-    """What a chunk teaches: how good the estimates of trees are, how fast its strategy is."""
+    """What a chunk teaches: how good the estimates of trees are, how fast its strategy is.
+
+    `gave_up` says that it ended early because hardly a draft was accepted.
+    """
     rounds = sum(record.row_rounds)
     if not strategy.is_chain and not strategy.ngram:
         controller = calibrate(controller, rounds, record.accepted, record.expected)
@@ -335,8 +357,21 @@ def _taught(
         return controller
     accept_length = sum(record.committed) / rounds
     reward = accept_length * record.rows * max(record.rounds_run) / record.seconds
-    bandit = bandit_lib.update(controller.bandit, record.rows, strategy, reward)
-    return dataclasses.replace(controller, bandit=bandit)
+    bandit = bandit_lib.update(
+        controller.bandit,
+        record.rows,
+        strategy,
+        reward,
+        accept_length=accept_length,
+        gave_up=gave_up,
+    )
+    controller = dataclasses.replace(controller, bandit=bandit)
+    if not gave_up and max(record.rounds_run) <= PROVING_ROUNDS:
+        return controller  # it ended before it had to prove anything
+    controller, sentence = note_broken(controller, str(strategy), broken=gave_up)
+    if sentence:
+        print(sentence, flush=True)
+    return controller
 
 
 def _by_slice(told: ChunkReport, live: np.ndarray, *, training: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Axes: B rows, S cache length, D width, d draft depth, M verified tokens, V vocab
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ from tlt_jax.types import SamplingParams, Strategy
 
 # Folded into the step's key for `rejection`; sequence ids, folded in for tokens, stay below.
 DRAFT_STREAM, CHANCE_STREAM = 2**31 - 2, 2**31 - 3
+
+PROVING_ROUNDS = 3
+"""A chunk runs at least so many rounds before it may end for want of accepted drafts."""
 
 
 @struct.dataclass
@@ -340,25 +344,26 @@ def _commit(
 
 
 def run_rounds(
-    models: Models,
-    config: PolicyConfig,
-    strategy: Strategy,
-    sampler: Sampler,
-    sharpness: jax.Array,
+    step: Callable[[RolloutState, RoundStats], tuple[RolloutState, RoundStats]],
     state: RolloutState,
     stats: RoundStats,
     rounds: jax.Array,
+    give_up_below: jax.Array | float = 0.0,
 ) -> tuple[RolloutState, RoundStats]:
-    """Rounds until `stats` counts `rounds` ([] int32) of them or no row of the slice is live.
+    """Rounds until `stats` counts `rounds` of them, no row is live, or drafting is of no use.
 
-    The drafter's cache must not lag: see `refresh_draft_cache`.
+    Args:
+      step: one round, `run_round` with all arguments but the last two.
+      state: the rows of a slice. The drafter's cache must not lag: see `refresh_draft_cache`.
+      stats: what to add to.
+      rounds: [] int32.
+      give_up_below: [] float32; from `PROVING_ROUNDS` rounds on the accept length must not be less.
     """
 
     def more(carry: tuple[RolloutState, RoundStats]) -> jax.Array:
         state, stats = carry
-        return (stats.rounds < rounds) & jnp.any(state.live)
+        worth_it = stats.committed >= give_up_below * stats.row_rounds
+        going_on = worth_it | (stats.rounds < PROVING_ROUNDS)
+        return (stats.rounds < rounds) & jnp.any(state.live) & going_on
 
-    def body(carry: tuple[RolloutState, RoundStats]) -> tuple[RolloutState, RoundStats]:
-        return run_round(models, config, strategy, sampler, sharpness, *carry)
-
-    return jax.lax.while_loop(more, body, (state, stats))
+    return jax.lax.while_loop(more, lambda carry: step(*carry), (state, stats))
