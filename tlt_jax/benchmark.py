@@ -74,7 +74,7 @@ class Runner:
     stop_tokens: tuple[int, ...]
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
-    controller: Controller = FRESH  # what the untimed pass has taught; timed ones begin with it
+    controller: Controller = FRESH  # what all passes so far have taught
 
     def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
         """Drafter state, buffer and library that a rollout begins with and may take."""
@@ -89,7 +89,7 @@ class Runner:
         return jax.block_until_ready((state, buffer, self.programs.empty_library()))
 
     def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
-        """One rollout and its seconds."""
+        """One rollout and its seconds; the next one goes on with what it taught."""
         state, buffer, library = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
@@ -103,13 +103,14 @@ class Runner:
             library=library,
             controller=self.controller,
         )
-        return result, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.controller = result.controller
+        return result, seconds
 
     def run_untimed(self, prompts: list[np.ndarray], key: jax.Array) -> list[Response]:
-        """One rollout whose records and controller are kept."""
+        """One rollout whose records are kept."""
         result, _ = self.run(prompts, key)
         self.chunks += result.chunks
-        self.controller = result.controller
         return result.responses
 
 
