@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from tlt_jax import bandit, dealing
 from tlt_jax.controller import FRESH, LOG_RANGE, Controller, calibrate
+from tlt_jax.types import Strategy
 
 
 def test_a_fresh_controller_leaves_estimates_alone():
@@ -52,5 +54,7 @@ def test_estimates_come_to_what_is_measured(error):
 
 
 def test_a_record_is_json_and_comes_back():
-    state = Controller(idle_credit=0.25, log_sharpness=(0.1, -0.3))
+    tried = bandit.update(bandit.UNTRIED, 4, Strategy(2), 9.5, accept_length=2.5)
+    history = dealing.remember(dealing.NO_HISTORY, [(7, 30), (8, 12)])
+    state = Controller(0.25, (0.1, -0.3), tried, ("chain-2",), history)
     assert Controller.from_record(json.loads(json.dumps(state.to_record()))) == state

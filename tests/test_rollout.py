@@ -119,7 +119,8 @@ def test_trees_are_calibrated_from_chunk_to_chunk_and_rollout_to_rollout():
             assert len(record.expected) == len(record.accepted) <= 3
             rounds = sum(record.row_rounds)
             expected = calibrate(expected, rounds, record.accepted, record.expected)
-        assert result.controller == expected != controller
+        assert result.controller.log_sharpness == expected.log_sharpness
+        assert expected.log_sharpness != controller.log_sharpness
         controller = expected
         estimate = sum(record.expected[0] for record in result.chunks)
         accepted = sum(record.accepted[0] for record in result.chunks)
@@ -184,6 +185,23 @@ def test_a_log_of_strategies_can_be_replayed():
         UserError, match=r"chunk 0 to replay ran chain-4, but .* only 'plain chain-2'"
     ):
         roll(replay=["chain-4"])
+
+
+@pytest.mark.parametrize("deal_by_length", [True, False])
+def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
+    """In turn, slice 0 gets all long ones; in the second epoch each slice gets two of them."""
+    programs = toy_engine.engine("plain").having(temperature=0.0, deal_by_length=deal_by_length)
+    lengths = [28, 3, 27, 4, 26, 5, 25, 6]
+    asked = toy_engine.counting_prompts(*lengths)
+    models, controller, rounds = toy_engine.counting(), FRESH, []
+    for _ in range(2):
+        result = toy_engine.roll(programs, models, asked, controller=controller)
+        assert [len(response.response) for response in result.responses] == lengths
+        controller = result.controller
+        by_slice = np.sum([record.committed for record in result.chunks], axis=0)
+        rounds.append(by_slice.tolist())
+    assert rounds[0] == [28 + 27 + 26 + 25, 3 + 4 + 5 + 6]
+    assert (max(rounds[1]) < 70) == deal_by_length, rounds
 
 
 @pytest.fixture

@@ -84,7 +84,8 @@ class RolloutConfig:
     (TLT's elastic activation). As rows shrink, lengths grow: the k-th row bucket
     in use has caches of the k-th length bucket or longer. A sequence gains at most `chunk_tokens`
     tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds. The
-    n-gram drafter looks things up in the last `library_texts` finished sequences.
+    n-gram drafter looks things up in the last `library_texts` finished sequences. With
+    `deal_by_length` prompts are spread over the slices by how long the last responses to them were.
     """
 
     prompts_per_step: int = 4
@@ -104,6 +105,7 @@ class RolloutConfig:
     epsilon: float = 0.1
     free_tokens: float = 8.0
     threshold: int = 0
+    deal_by_length: bool = True
 
     @property
     def num_sequences(self) -> int:

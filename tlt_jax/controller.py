@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tlt_jax.bandit import UNTRIED, Bandit
+from tlt_jax.dealing import NO_HISTORY, LengthHistory
 
 RATE = 2.0
 """Change of log sharpness per unit of acceptance that was over- or underestimated."""
@@ -27,12 +28,14 @@ class Controller:
     `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
     multiplied in the estimated acceptance (`trees`); depths beyond its end have 0. `bandit` chooses
     strategies. `broken` are those whose drafts were hardly accepted when they ran last.
+    `history` are response lengths, by which prompts are dealt to slices.
     """
 
     idle_credit: float = 0.0
     log_sharpness: tuple[float, ...] = ()
     bandit: Bandit = UNTRIED
     broken: tuple[str, ...] = ()
+    history: LengthHistory = NO_HISTORY
 
     def sharpness(self, depths: int) -> list[float]:
         """The factor at draft depth 1 .. `depths`."""
@@ -46,6 +49,7 @@ class Controller:
             "log_sharpness": list(self.log_sharpness),
             "bandit": self.bandit.to_record(),
             "broken": list(self.broken),
+            "history": self.history.to_record(),
         }
 
     @classmethod
@@ -56,6 +60,7 @@ class Controller:
             tuple(record["log_sharpness"]),
             Bandit.from_record(record["bandit"]),
             tuple(record["broken"]),
+            LengthHistory.from_record(record["history"]),
         )
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tlt_jax import bandit as bandit_lib
-from tlt_jax import sharding
+from tlt_jax import dealing, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
+from tlt_jax.dealing import LengthHistory
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import PROVING_ROUNDS, RolloutState, Sampler
@@ -144,7 +145,8 @@ def run(
         another one.
     """
     began = time.monotonic()
-    batch = _lay_out(programs, prompts)
+    prompt_ids = [_prompt_id(prompt) for prompt in prompts]
+    batch = _lay_out(programs, prompts, prompt_ids, controller.history)
     flight = _Flight(
         target=target,
         prompt_lengths=[len(prompt) for prompt in prompts],
@@ -167,39 +169,49 @@ def run(
             on_finished(response)
     if programs.training and programs.slices == 1:
         _train_between_steps(programs, flight)
+    lengths = [len(responses[sequence].response) for sequence in range(len(prompts))]
+    history = dealing.remember(controller.history, zip(prompt_ids, lengths, strict=True))
     return RolloutResult(
         responses=[responses[sequence] for sequence in range(len(prompts))],
         drafter_state=flight.drafter_state,
         buffer=flight.buffer,
         library=flight.library,
         chunks=flight.chunks,
-        controller=flight.controller,
+        controller=dataclasses.replace(flight.controller, history=history),
     )
 
 
-def _lay_out(programs: RolloutPrograms, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Deals prompts to the slices in turn; returns the arrays of `row_programs.prefill_program`.
-
-    Prompts are told apart by a checksum of their tokens, which stays the same over the epochs.
-    """
-    config = programs.rollout
-    rows = programs.first_rows
-    count = programs.slices * rows
-    tokens = np.zeros((count, config.max_prompt_length), np.int32)
-    lengths = np.ones(count, np.int32)
-    ids, prompt_ids = np.full((2, count), INVALID, np.int32)
+def _lay_out(
+    programs: RolloutPrograms,
+    prompts: Sequence[np.ndarray],
+    prompt_ids: Sequence[int],
+    history: LengthHistory,
+) -> tuple[np.ndarray, ...]:
+    """Deals prompts to the slices; returns the arrays of `row_programs.prefill_program`."""
+    config, rows = programs.rollout, programs.first_rows
     for sequence, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= config.max_prompt_length:
             raise UserError(
                 f"prompt {sequence} has {len(prompt)} tokens, but the cache is laid out for 1 to "
                 f"{config.max_prompt_length}; raise config.rollout.max_prompt_length."
             )
-        place = (sequence % programs.slices) * rows + sequence // programs.slices
-        tokens[place, : len(prompt)] = prompt
-        lengths[place] = len(prompt)
-        ids[place] = sequence
-        prompt_ids[place] = zlib.crc32(np.asarray(prompt, np.int32).tobytes()) >> 1
-    return tokens, lengths, lengths + config.max_response_length, ids, prompt_ids
+    known = history if config.deal_by_length else LengthHistory()
+    hands = dealing.deal(dealing.expected(known, prompt_ids), slices=programs.slices, rows=rows)
+    count = programs.slices * rows
+    tokens = np.zeros((count, config.max_prompt_length), np.int32)
+    lengths = np.ones(count, np.int32)
+    ids, of_prompts = np.full((2, count), INVALID, np.int32)
+    for slice_, hand in enumerate(hands):
+        for place, sequence in enumerate(hand, start=slice_ * rows):
+            tokens[place, : len(prompts[sequence])] = prompts[sequence]
+            lengths[place] = len(prompts[sequence])
+            ids[place], of_prompts[place] = sequence, prompt_ids[sequence]
+    return tokens, lengths, lengths + config.max_response_length, ids, of_prompts
+
+
+def _prompt_id(prompt: np.ndarray) -> int:
+    """A checksum of the prompt's tokens, so that a prompt is known again in the next epoch."""
+    return zlib.crc32(np.asarray(prompt, np.int32).tobytes()) >> 1
 
 
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:

@@ -1,0 +1,62 @@
+"""Which slice takes which prompts: slices should idle because of the tail, not of a bad deal.
+
+How long the last responses to a prompt were says how long the next will be. Longest first, each
+sequence goes to the slice that has least to do so far (Graham's longest-processing-time rule, whose
+makespan is at most 4/3 of the best). The deal changes no token, as these depend on no slice.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+KEPT = 65_536
+"""Prompts remembered; the ones not met for longest are forgotten first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthHistory:
+    """Mean response length in tokens of each prompt when it was last answered."""
+
+    lengths: Mapping[int, float] = dataclasses.field(default_factory=dict)  # by prompt id
+
+    def to_record(self) -> list[list[float]]:
+        """The state as JSON: pairs of prompt id and length, the latest met last."""
+        return [[prompt, length] for prompt, length in self.lengths.items()]
+
+    @classmethod
+    def from_record(cls, record: list[list[float]]) -> "LengthHistory":
+        """Undoes `to_record`."""
+        return cls({int(prompt): length for prompt, length in record})
+
+
+NO_HISTORY = LengthHistory()
+"""No prompt was met yet."""
+
+
+def remember(history: LengthHistory, responses: Iterable[tuple[int, int]]) -> LengthHistory:
+    """Adds (prompt id, response length) of the sequences of a step."""
+    by_prompt: dict[int, list[int]] = {}
+    for prompt, length in responses:
+        by_prompt.setdefault(prompt, []).append(length)
+    kept = {prompt: length for prompt, length in history.lengths.items() if prompt not in by_prompt}
+    kept |= {prompt: statistics.fmean(lengths) for prompt, lengths in by_prompt.items()}
+    return LengthHistory(dict(list(kept.items())[-KEPT:]))
+
+
+def expected(history: LengthHistory, prompt_ids: Sequence[int]) -> list[float]:
+    """Expected response length of each prompt; of one never met the mean of those that were."""
+    known = [history.lengths.get(prompt) for prompt in prompt_ids]
+    usual = statistics.fmean([length for length in known if length is not None] or [1.0])
+    return [usual if length is None else length for length in known]
+
+
+def deal(lengths: Sequence[float], *, slices: int, rows: int) -> list[list[int]]:
+    """Sequences of each slice, at most `rows`; equal lengths are dealt in turn."""
+    hands: list[list[int]] = [[] for _ in range(slices)]
+    loads = [0.0] * slices
+    for sequence in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        room = [index for index in range(slices) if len(hands[index]) < rows]
+        chosen = min(room, key=lambda index: (loads[index], len(hands[index])))
+        hands[chosen].append(sequence)
+        loads[chosen] += lengths[sequence]
+    return hands
