@@ -13,6 +13,7 @@ PLAIN = ChunkRecord(
     start=0.0,
     seconds=2.0,
     strategy="plain",
+    chosen="only",
     rows=4,
     length=32,
     rounds=8,
