@@ -48,7 +48,8 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
     """One chunk from copies: (drafter state, buffer, rows, report)."""
     state = state or toy_engine.drafter_state(programs, toy_engine.random_drafter())
     buffer = buffer or toy_engine.buffers(programs)
-    kind = programs.kind(rows.tokens.shape[0] // SLICES, training=training)
+    bucket = rows.tokens.shape[0] // SLICES
+    kind = programs.kind(bucket, programs.arms(bucket)[0], training=training)
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(kind.strategy, rounds=rounds, index=index)
@@ -149,7 +150,7 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     live = np.asarray(rows.live)
     assert live[[1, 4, 6]].all() and not live[[0, 2, 5, 7]].any()
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    kind = programs.kind(ROWS, training=False)
+    kind = programs.kind(ROWS, programs.arms(ROWS)[0], training=False)
     orders = programs.orders(kind.strategy, rounds=9, index=1)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
     chunk = programs.chunk(kind, target, state_1, buffer, None, sampler, orders, rows)

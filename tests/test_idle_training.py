@@ -169,7 +169,7 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
     programs = programs.having(drafter=budget)
     models = toy_engine.random_policy(), toy_engine.random_drafter()
     credit, versions = 0.0, 0
-    price = programs.kind(8, training=True).block
+    price = programs.price(8)
     for step in range(3):
         result = toy_engine.roll(
             programs,
