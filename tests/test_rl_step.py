@@ -69,6 +69,7 @@ def _first_state(machinery):
         rollout_params=params,
         drafter=toy_engine.drafter_state(programs, toy_engine.random_drafter()),
         buffer=toy_engine.buffers(programs),
+        library=programs.empty_library(),
         controller=FRESH,
     )
 
