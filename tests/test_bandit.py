@@ -87,7 +87,7 @@ def test_an_arm_that_was_never_tried_is_rated_on_the_scale_of_the_others():
     """Where chain-2 gave 30 times its rate by the model, chain-8 is expected to do so too."""
     bandit = bandit_lib.update(Bandit(), 4, SHORT, 30 * MODEL.rate(4, SHORT), accept_length=2.0)
     rated = bandit_lib.ratings(bandit, 4, (SHORT, LONG), MODEL)
-    assert rated == pytest.approx([30 * MODEL.rate(4, SHORT), 30 * MODEL.rate(4, LONG)])
+    assert rated == pytest.approx({arm: 30 * MODEL.rate(4, arm) for arm in (SHORT, LONG)})
 
 
 def test_the_model_by_hand():

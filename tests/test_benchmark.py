@@ -78,6 +78,17 @@ def test_a_round_of_both_strategies_is_profiled(run):
     assert len(table.splitlines()) == 4
 
 
+def test_no_mode_knows_the_lengths_of_responses_beforehand(run):
+    """The same prompts come back in every pass; a run meets them with other weights and keys."""
+    config = run[0]
+    _, prompts = benchmark.setup.load_task(config)
+    plain, *_ = benchmark.modes(config, config.rollout.num_sequences)
+    target = benchmark.setup.initial_policy(config)
+    runner = benchmark.make_runner(plain, config, target, None, (2,), ProgramPool())
+    result, _ = runner.run(*benchmark.draw_batch(plain.rollout, prompts, 0, 0))
+    assert result.controller.history.lengths and not runner.controller.history.lengths
+
+
 def test_the_bandit_has_plain_decoding_among_its_strategies(run):
     config = run[0]
     mode = next(m for m in benchmark.modes(config, 8) if m.name == "bandit")

@@ -44,7 +44,7 @@ def _prefilled(programs, target, gains, *, ids=range(SLICES * ROWS)):
     return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
-def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, index=0):
+def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, **orders):
     """One chunk from copies: (drafter state, buffer, rows, report)."""
     state = state or toy_engine.drafter_state(programs, toy_engine.random_drafter())
     buffer = buffer or toy_engine.buffers(programs)
@@ -52,7 +52,7 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, i
     kind = programs.kind(bucket, programs.arms(bucket)[0], training=training)
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    orders = programs.orders(kind.strategy, rounds=rounds, index=index)
+    orders = programs.orders(kind.strategy, rounds=rounds, **({"index": 0} | orders))
     chunk = programs.chunk(kind, target, given[0], given[1], None, sampler, orders, given[2])
     return chunk[0], chunk[1], chunk[3], chunk[4]
 
@@ -248,6 +248,24 @@ def test_a_slice_with_an_empty_buffer_takes_nothing(programs, target):
     assert report.stats.rounds.tolist() == [0, 0]
     assert report.microbatches.tolist() == [21 // PRICE, 0] and int(new.version) == 1
     toy_engine.assert_same_on_all_devices(new)
+
+
+def test_a_slice_that_gives_up_keeps_no_other_training(programs, target):
+    """Slice 0 ends after three rounds; slice 1, idle, trains in the blocks until then alone."""
+    state = _prefilled(programs, target, [14] * 4 + [1] * 4, ids=range(8))
+    draft = jax.tree.map(lambda x: jnp.nan * x, toy_engine.random_drafter())
+    given = {
+        "rounds": 12,
+        "training": True,
+        "state": toy_engine.drafter_state(programs, draft),
+        "buffer": _full_buffers(programs),
+    }
+    _, _, rows, report = _run(programs, target, state, give_up_below=2.0, **given)
+    assert report.stats.rounds.tolist()[0] == 3 and np.any(rows.live)
+    blocks = -(-3 // PRICE)
+    assert report.microbatches[1] <= blocks < 12 // PRICE
+    _, _, rows, report = _run(programs, target, state, give_up_below=0.0, **given)
+    assert report.stats.rounds.tolist()[0] == 12 and report.microbatches[1] > blocks
 
 
 def test_nothing_stored_anywhere_leaves_the_drafter_alone(programs, target):

@@ -210,6 +210,10 @@ IMPOSSIBLE = [
         {"rollout": {"strategies": ("plain",) * 4 + ("plain chian-2",)}},
     ),
     (
+        "config.rollout.strategies has an entry 'chain-3 tree-3-1-4' that names a strategy twice",
+        {"rollout": {"strategies": ("plain",) * 4 + ("chain-3 tree-3-1-4",)}},
+    ),
+    (
         "config.rollout.strategies has an empty entry",
         {"rollout": {"strategies": ("plain",) * 4 + (" ",)}},
     ),

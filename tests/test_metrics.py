@@ -14,6 +14,7 @@ PLAIN = ChunkRecord(
     seconds=2.0,
     strategy="plain",
     chosen="only",
+    give_up_below=0.0,
     rows=4,
     length=32,
     rounds=8,

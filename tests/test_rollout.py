@@ -9,10 +9,12 @@ import pytest
 import toy_engine
 from toy_engine import BOS, NEVER, SHAPE, STOP
 
-from tlt_jax import learner, metrics, packing
+from tlt_jax import bandit as bandit_lib
+from tlt_jax import choice, learner, metrics, packing
 from tlt_jax.bandit import WINDOW
-from tlt_jax.controller import FRESH, calibrate
-from tlt_jax.types import UserError
+from tlt_jax.choice import Choice
+from tlt_jax.controller import FRESH, Controller, calibrate
+from tlt_jax.types import Strategy, UserError
 
 LENGTHS = (30, 3, 5, 2, 8, 12, 1, 7)  # even sequences on slice 0, odd ones on slice 1
 CHAINS_AND_PLAIN = pytest.mark.parametrize("name", ["main", "plain"])
@@ -168,13 +170,20 @@ def test_the_bandit_learns_what_each_chunk_gave():
     assert second.controller.bandit.choices == len(first.chunks) + len(second.chunks)
 
 
-def test_a_log_of_strategies_can_be_replayed():
+def _log_of(result):
+    return [
+        Choice(Strategy.parse(record.strategy), record.chosen, record.give_up_below)
+        for record in result.chunks
+    ]
+
+
+def test_a_log_of_choices_can_be_replayed():
     """The same programs in the same order, whatever the clocks say."""
     roll, programs = _bandit_roll(epsilon=0.5)
     first = roll()
     ran = list(programs.kinds)
     assert len(set(ran)) >= 3
-    log = [record.strategy for record in first.chunks]
+    log = _log_of(first)
     programs.kinds.clear()
     again = roll(replay=log)
     assert programs.kinds == ran
@@ -184,7 +193,7 @@ def test_a_log_of_strategies_can_be_replayed():
     with pytest.raises(
         UserError, match=r"chunk 0 to replay ran chain-4, but .* only 'plain chain-2'"
     ):
-        roll(replay=["chain-4"])
+        roll(replay=[Choice(Strategy(4), "best")])
 
 
 @pytest.mark.parametrize("deal_by_length", [True, False])
@@ -240,10 +249,41 @@ def test_a_broken_drafter_is_left_within_three_rounds_and_said_once(steady_clock
     assert controller.broken == () and np.mean(speculative[-3:]) > 0.6
 
 
+def test_a_chunk_that_gave_up_gives_up_again_when_it_is_replayed(steady_clock):
+    """When it ends follows from the log, too, and not from what the bandit knows by then."""
+    programs = toy_engine.engine("bandit").having(temperature=0.0, epsilon=1.0, chunk_tokens=24)
+    target, whole = toy_engine.counting()
+    models = target, jax.tree.map(lambda x: x * np.nan, whole)
+    asked = toy_engine.counting_prompts(*[31] * 8)
+    first = toy_engine.roll(programs, models, asked)
+    assert any(r.strategy == "chain-2" and max(r.rounds_run) == 3 < r.rounds for r in first.chunks)
+    enthusiast = bandit_lib.update(FRESH.bandit, 4, Strategy(2), 1e6, accept_length=1e-3)
+    for controller in (FRESH, Controller(bandit=enthusiast)):
+        again = toy_engine.roll(
+            programs, models, asked, replay=_log_of(first), controller=controller
+        )
+        assert [r.rounds_run for r in again.chunks] == [r.rounds_run for r in first.chunks]
+        assert [r.strategy for r in again.chunks] == [r.strategy for r in first.chunks]
+
+
+def test_the_first_process_decides(monkeypatch):
+    """Which strategy, and when to give it up: what this process says itself does not count."""
+    told = np.array([1, 1.75], np.float32)
+    monkeypatch.setattr(choice.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(choice.multihost_utils, "broadcast_one_to_all", lambda said: told)
+    programs = toy_engine.engine("bandit").having(epsilon=0.0)
+    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
+    assert (str(chosen.strategy), chosen.give_up_below) == ("chain-2", 1.75)
+    told[0] = 0
+    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
+    assert str(chosen.strategy) == "plain"
+
+
 @pytest.mark.parametrize("threshold", [1, 2])
 def test_a_threshold_turns_speculation_on_for_the_tail(threshold):
     result = _bandit_roll(threshold=threshold)[0]()
     assert {record.chosen for record in result.chunks} == {"threshold"}
+    assert {record.give_up_below for record in result.chunks} == {0.0}  # there is no other choice
     seen = set()
     for record in result.chunks:
         few = max(record.live) <= threshold

@@ -1,10 +1,13 @@
 """What a run starts from."""
 
+import json
+
 import pytest
 import toy_run
 
 from tlt_jax import setup, weights
-from tlt_jax.types import UserError
+from tlt_jax.choice import Choice
+from tlt_jax.types import Strategy, UserError
 
 
 def test_plain_decoding_needs_no_drafter(tmp_path):
@@ -24,9 +27,12 @@ def test_plain_decoding_needs_no_drafter(tmp_path):
 
 def test_a_log_of_decisions_is_read_by_step(tmp_path):
     path = tmp_path / "decisions.jsonl"
-    lines = [(0, "plain"), (0, "chain-2"), (1, "ngram-4")]
-    path.write_text("".join(f'{{"step": {s}, "strategy": "{name}"}}\n' for s, name in lines))
-    assert setup.load_replay(str(path)) == {0: ["plain", "chain-2"], 1: ["ngram-4"]}
+    lines = [(0, "plain", 0.0), (0, "chain-2", 1.5), (1, "ngram-4", 1.25)]
+    fields = "step", "strategy", "give_up_below"
+    records = [dict(zip(fields, line, strict=True)) | {"chosen": "best"} for line in lines]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plain, chain, ngram = (Choice(Strategy.parse(name), "best", below) for _, name, below in lines)
+    assert setup.load_replay(str(path)) == {0: [plain, chain], 1: [ngram]}
     assert setup.load_replay("") is None
 
 

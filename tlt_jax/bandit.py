@@ -136,28 +136,27 @@ def select(
     if explores:
         longest_ago = min(strategies, key=lambda strategy: bandit.known(rows, strategy).tried)
         return after, longest_ago, "explored"
-    rated = dict(zip(strategies, ratings(bandit, rows, strategies, model), strict=True))
+    rated = ratings(bandit, rows, strategies, model)
     return after, max(strategies, key=lambda strategy: rated[strategy]), "best"
 
 
 def ratings(
     bandit: Bandit, rows: int, strategies: Sequence[Strategy], model: CostModel
-) -> list[float]:
+) -> dict[Strategy, float]:
     """Median rewards in tokens per second; of what was never tried, an estimate.
 
     That is the model's rate times the median of what the tried ones gave for theirs; where none was
     tried, the rate itself.
     """
-    rates = [model.rate(rows, strategy) for strategy in strategies]
-    medians = [bandit.known(rows, strategy).median(bandit.choices) for strategy in strategies]
-    scales = [
-        median / rate for median, rate in zip(medians, rates, strict=True) if median is not None
-    ]
+    rates = {strategy: model.rate(rows, strategy) for strategy in strategies}
+    medians = {
+        strategy: median
+        for strategy in strategies
+        if (median := bandit.known(rows, strategy).median(bandit.choices)) is not None
+    }
+    scales = [median / rates[strategy] for strategy, median in medians.items()]
     scale = statistics.median(scales) if scales else 1.0
-    return [
-        scale * rate if median is None else median
-        for median, rate in zip(medians, rates, strict=True)
-    ]
+    return {strategy: scale * rate for strategy, rate in rates.items()} | medians
 
 
 def give_up_below(
@@ -175,7 +174,7 @@ def give_up_below(
     """
     if strategy.is_plain or len(strategies) == 1:
         return 0.0
-    rated = dict(zip(strategies, ratings(bandit, rows, strategies, model), strict=True))
+    rated = ratings(bandit, rows, strategies, model)
     best_other = max(rating for other, rating in rated.items() if other != strategy)
     guess, arm = model.accept_length(strategy), bandit.known(rows, strategy)
     even = best_other * (arm.accept_length if arm.rewards else guess) / rated[strategy]

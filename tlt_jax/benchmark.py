@@ -38,6 +38,7 @@ from tlt_jax import (
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.controller import FRESH, Controller
+from tlt_jax.dealing import NO_HISTORY
 from tlt_jax.ngram import Library
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
@@ -74,7 +75,7 @@ class Runner:
     stop_tokens: tuple[int, ...]
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
-    controller: Controller = FRESH  # what all passes so far have taught
+    controller: Controller = FRESH  # what all passes so far have taught about strategies
 
     def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
         """Drafter state, buffer and library that a rollout begins with and may take."""
@@ -104,7 +105,8 @@ class Runner:
             controller=self.controller,
         )
         seconds = time.perf_counter() - start
-        self.controller = result.controller
+        # Without lengths: prompts come back here with the very same responses, which no run sees.
+        self.controller = dataclasses.replace(result.controller, history=NO_HISTORY)
         return result, seconds
 
     def run_untimed(self, prompts: list[np.ndarray], key: jax.Array) -> list[Response]:
@@ -130,7 +132,9 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
         Mode("plain", plain, slices, timed=True),
         *fixed,
         Mode("by bucket", base, slices, timed=True),
-        Mode("bandit", _choosing(base, config.benchmark.strategies), slices, timed=True),
+        Mode(
+            "bandit", _throughout(base, "plain", *config.benchmark.strategies), slices, timed=True
+        ),
         Mode("by bucket + idle training", base, slices, timed=slices > 1, training=slices > 1),
     ]
     others = [count for count in config.benchmark.other_slices if batch % count == 0]
@@ -146,19 +150,11 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     ]
 
 
-def _throughout(base: RolloutConfig, strategy: str) -> RolloutConfig:
-    """The same strategy in every row bucket, and caches that hold what it writes."""
-    longest = base.max_length + Strategy.parse(strategy).written_slots
-    lengths = (*base.length_buckets[:-1], max(longest, base.length_buckets[-1]))
-    strategies = (strategy,) * len(base.row_buckets)
-    return dataclasses.replace(base, strategies=strategies, length_buckets=lengths)
-
-
-def _choosing(base: RolloutConfig, strategies: tuple[str, ...]) -> RolloutConfig:
-    """Plain decoding and all these strategies to choose from in every row bucket."""
+def _throughout(base: RolloutConfig, *strategies: str) -> RolloutConfig:
+    """The same strategies in every row bucket, and caches that hold what they write."""
     written = max(Strategy.parse(strategy).written_slots for strategy in strategies)
     lengths = (*base.length_buckets[:-1], max(base.max_length + written, base.length_buckets[-1]))
-    arms = (" ".join(("plain", *strategies)),) * len(base.row_buckets)
+    arms = (" ".join(dict.fromkeys(strategies)),) * len(base.row_buckets)
     return dataclasses.replace(base, strategies=arms, length_buckets=lengths)
 
 

@@ -184,21 +184,24 @@ def run_blocks(
 ) -> SliceWork:
     """Blocks of rounds; a slice with nothing live when a block begins trains in it.
 
-    Ends when `rounds` rounds are over or nothing is live on any slice. Only a chunk in which
-    nothing was live to begin with, for training between steps, takes all its blocks.
+    Ends when `rounds` rounds are over or no slice has live rows that it still decodes: it may have
+    given up on them for this chunk. Only a chunk in which nothing was live to begin with, for
+    training between steps, takes all its blocks.
 
     Args:
-      roll: `(work, rounds)`, runs until that many rounds have been run, or nothing is live.
+      roll: `(work, rounds)`, runs until that many rounds have been run, nothing is live, or
+        drafting is of no use.
       train: `(work, index of the block, wanted [] bool)`, takes a microbatch if it is wanted.
       block: rounds of a block.
       rounds: [] int32; what is left over a whole number of blocks is without training.
       work: the slice's state.
     """
 
-    def live_somewhere(work: SliceWork) -> jax.Array:
-        return jax.lax.psum(jnp.any(work.rows.live).astype(jnp.int32), SLICE) > 0
+    def decodes_somewhere(work: SliceWork, due: jax.Array) -> jax.Array:
+        decodes = jnp.any(work.rows.live) & (work.stats.rounds >= due)
+        return jax.lax.psum(decodes.astype(jnp.int32), SLICE) > 0
 
-    training_only = ~live_somewhere(work)
+    training_only = ~decodes_somewhere(work, jnp.int32(0))
 
     def more(carry: tuple[jax.Array, jax.Array, SliceWork]) -> jax.Array:
         index, wanted, _ = carry
@@ -209,9 +212,10 @@ def run_blocks(
     ) -> tuple[jax.Array, jax.Array, SliceWork]:
         index, _, work = carry
         idle, end = ~jnp.any(work.rows.live), (index + 1) * block
-        work = roll(work, jnp.minimum(end, rounds))
+        due = jnp.minimum(end, rounds)
+        work = roll(work, due)
         work = train(work, index, idle & (end <= rounds))
-        return index + 1, training_only | live_somewhere(work), work
+        return index + 1, training_only | decodes_somewhere(work, due), work
 
     return jax.lax.while_loop(more, body, (jnp.int32(0), jnp.bool_(True), work))[2]
 

@@ -1,8 +1,9 @@
 """Which slice takes which prompts: slices should idle because of the tail, not of a bad deal.
 
 How long the last responses to a prompt were says how long the next will be. Longest first, each
-sequence goes to the slice that has least to do so far (Graham's longest-processing-time rule, whose
-makespan is at most 4/3 of the best). The deal changes no token, as these depend on no slice.
+sequence goes to the slice that has least to do so far and a slot left (Graham's longest-processing-
+time rule; with slots enough its makespan is at most 4/3 of the best). The deal changes no token, as
+these depend on no slice.
 """
 
 import dataclasses

@@ -194,7 +194,7 @@ class RolloutPrograms:
         trainings = (False, True) if self.training else (False,)
         return [
             self.kind(rows, arm, training=training)
-            for arm in dict.fromkeys(self.arms(rows))
+            for arm in self.arms(rows)
             for training in trainings
         ]
 

@@ -17,6 +17,7 @@ import optax
 
 from tlt_jax import advantages, learner, metrics, packing, policy, rollout, sampling, sharding
 from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import Controller
 from tlt_jax.learner import LearnerState
@@ -60,7 +61,7 @@ class Machinery:
     prompts: Any  # grain dataset with random access
     programs: RolloutPrograms
     microbatch_seconds: float
-    replay: Mapping[int, Sequence[str]] | None  # strategies of the chunks of each step
+    replay: Mapping[int, Sequence[Choice]] | None  # for the chunks of each step
     reward_threads: concurrent.futures.Executor
 
     @property

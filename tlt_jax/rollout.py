@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from tlt_jax import bandit as bandit_lib
 from tlt_jax import dealing, sharding
 from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.choice import Choice, choose
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
-from tlt_jax.dealing import LengthHistory
+from tlt_jax.dealing import NO_HISTORY, LengthHistory
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.speculation import PROVING_ROUNDS, RolloutState, Sampler
@@ -57,7 +57,8 @@ class ChunkRecord:
     start: float  # seconds since the rollout began
     seconds: float
     strategy: str
-    chosen: str  # why: "only", "best", "explored", "threshold" or "replayed"
+    chosen: str  # why, see `choice.Choice`
+    give_up_below: float  # accept length at which the chunk was to end early
     rows: int  # per slice
     length: int
     rounds: int  # asked for
@@ -99,7 +100,7 @@ class _Flight:
     buffer: DrafterBuffer | None
     library: Library | None
     controller: Controller
-    replay: Sequence[str] | None
+    replay: Sequence[Choice] | None
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
 
@@ -122,7 +123,7 @@ def run(
     stop_tokens: tuple[int, ...],
     library: Library | None = None,
     controller: Controller = FRESH,
-    replay: Sequence[str] | None = None,
+    replay: Sequence[Choice] | None = None,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
     """Generates one response per prompt.
@@ -137,7 +138,7 @@ def run(
       stop_tokens: any of these ends a response.
       library: texts for the n-gram drafter, None where no strategy uses one; donated.
       controller: what chunks before this rollout have taught.
-      replay: strategies of the chunks, in their written form, to take instead of choosing.
+      replay: what to choose for each chunk instead of choosing anew.
       on_finished: called on this thread for each response as soon as it ended.
 
     Raises:
@@ -195,7 +196,7 @@ def _lay_out(
                 f"prompt {sequence} has {len(prompt)} tokens, but the cache is laid out for 1 to "
                 f"{config.max_prompt_length}; raise config.rollout.max_prompt_length."
             )
-    known = history if config.deal_by_length else LengthHistory()
+    known = history if config.deal_by_length else NO_HISTORY
     hands = dealing.deal(dealing.expected(known, prompt_ids), slices=programs.slices, rows=rows)
     count = programs.slices * rows
     tokens = np.zeros((count, config.max_prompt_length), np.int32)
@@ -221,16 +222,22 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     very chunk in which it falls idle.
     """
     _compact(programs, flight)
-    strategy, chosen = _choose(programs, flight)
-    while _room(programs, flight, strategy) == 0:
+    rows, live = flight.bucket(programs), flight.live_by_slice(programs.slices)
+    flight.controller, choice = choose(
+        programs,
+        flight.controller,
+        rows=rows,
+        live=int(live.max()),
+        replay=flight.replay,
+        chunk=len(flight.chunks),
+    )
+    while (rounds := _room(programs, flight, choice.strategy)) == 0:
         flight.rows = programs.grow(flight.rows)
-    fewest = flight.live_by_slice(programs.slices).min()
-    nearly_idle = programs.slices > 1 and fewest <= NEARLY_IDLE_ROWS
+    nearly_idle = programs.slices > 1 and live.min() <= NEARLY_IDLE_ROWS
     training = bool(programs.training and nearly_idle)
-    kind = programs.kind(flight.bucket(programs), strategy, training=training)
+    kind = programs.kind(rows, choice.strategy, training=training)
     was_live = flight.live
-    rounds = _room(programs, flight, strategy)
-    flight.chunks.append(_launch(programs, flight, kind, rounds, chosen=chosen))
+    flight.chunks.append(_launch(programs, flight, kind, rounds, choice))
     return _harvest(flight, was_live & ~flight.live)
 
 
@@ -240,50 +247,6 @@ def _compact(programs: RolloutPrograms, flight: _Flight) -> None:
     flight.rows = programs.compact(flight.rows, int(flight.live_by_slice(programs.slices).max()))
     if flight.rows.live.size < before:
         flight.live = sharding.to_host(flight.rows.live)
-
-
-def _choose(programs: RolloutPrograms, flight: _Flight) -> tuple[Strategy, str]:
-    """The strategy of the next chunk, and why."""
-    rows, settings = flight.bucket(programs), programs.rollout
-    arms = programs.arms(rows)
-    if len(arms) == 1:
-        return arms[0], "only"
-    if flight.replay is not None:
-        return _replayed(arms, flight.replay, len(flight.chunks)), "replayed"
-    if settings.threshold:
-        many = flight.live_by_slice(programs.slices).max() > settings.threshold
-        return next(arm for arm in arms if arm.is_plain == many), "threshold"
-    bandit, strategy, why = bandit_lib.select(
-        flight.controller.bandit,
-        rows,
-        arms,
-        model=programs.cost_model,
-        epsilon=settings.epsilon,
-    )
-    flight.controller = dataclasses.replace(flight.controller, bandit=bandit)
-    return arms[_agreed(arms.index(strategy))], why
-
-
-def _replayed(arms: Sequence[Strategy], log: Sequence[str], index: int) -> Strategy:
-    if index >= len(log):
-        raise UserError(
-            f"the log to replay has {len(log)} chunks for this rollout, which needs more; replay "
-            "the run that wrote it, from the same weights."
-        )
-    strategy = Strategy.parse(log[index])
-    if strategy not in arms:
-        raise UserError(
-            f"chunk {index} to replay ran {strategy}, but config.rollout.strategies has only "
-            f"'{' '.join(map(str, arms))}' for its bucket; replay with the config of that run."
-        )
-    return strategy
-
-
-def _agreed(index: int) -> int:
-    """The first process's choice: rewards come from clocks, and those of processes differ."""
-    if jax.process_count() == 1:
-        return index
-    return int(multihost_utils.broadcast_one_to_all(np.int32(index)))
 
 
 def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int:
@@ -300,25 +263,18 @@ def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int
 
 
 def _launch(
-    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, *, chosen: str
+    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, choice: Choice
 ) -> ChunkRecord:
     """Runs a chunk program, updates the flight, and records what happened."""
     before = flight.live_by_slice(programs.slices)
     index = len(flight.chunks)
     start = time.monotonic()
-    rows = flight.bucket(programs)
     orders = programs.orders(
         kind.strategy,
         rounds=rounds,
         index=index,
         controller=flight.controller,
-        give_up_below=bandit_lib.give_up_below(
-            flight.controller.bandit,
-            rows,
-            kind.strategy,
-            programs.arms(rows),
-            programs.cost_model,
-        ),
+        give_up_below=choice.give_up_below,
     )
     flight.drafter_state, flight.buffer, flight.library, flight.rows, report = programs.chunk(
         kind,
@@ -337,7 +293,8 @@ def _launch(
         start=start - flight.began,
         seconds=time.monotonic() - start,
         strategy=str(kind.strategy),
-        chosen=chosen,
+        chosen=choice.why,
+        give_up_below=choice.give_up_below,
         rows=flight.bucket(programs),
         length=flight.rows.tokens.shape[1],
         rounds=rounds,
@@ -438,6 +395,7 @@ def _train_between_steps(programs: RolloutPrograms, flight: _Flight) -> None:
     if microbatches == 0:
         return
     rows = flight.bucket(programs)
-    kind = programs.kind(rows, programs.arms(rows)[0], training=True)
+    choice = Choice(programs.arms(rows)[0], "only")
+    kind = programs.kind(rows, choice.strategy, training=True)
     rounds = microbatches * kind.block
-    flight.chunks.append(_launch(programs, flight, kind, rounds, chosen="only"))
+    flight.chunks.append(_launch(programs, flight, kind, rounds, choice))

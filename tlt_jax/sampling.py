@@ -6,6 +6,9 @@ guesses, so a good drafter guesses the *sample* and not the mode (coupled sampli
 arXiv 2408.07978). `argmax(l / T + g) == argmax(l + T g)`, and the second form also covers T = 0.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -44,12 +47,7 @@ def position_noise(
       `starts[b] + i` only.
     """
 
-    def one(sequence_id: jax.Array, position: jax.Array) -> jax.Array:
-        drawn = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
-        return jax.random.gumbel(drawn, (vocab_size,), jnp.float32)
-
-    positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sequence_ids, positions)
+    return _by_position(jax.random.gumbel, key, sequence_ids, starts, count, vocab_size)
 
 
 def position_uniforms(
@@ -57,9 +55,22 @@ def position_uniforms(
 ) -> jax.Array:
     """Uniform numbers in [0, 1), [B, count, width] float32; arguments as of `position_noise`."""
 
+    return _by_position(jax.random.uniform, key, sequence_ids, starts, count, width)
+
+
+def _by_position(
+    draw: Callable[[jax.Array, tuple[int, ...], Any], jax.Array],
+    key: jax.Array,
+    sequence_ids: jax.Array,
+    starts: jax.Array,
+    count: int,
+    width: int,
+) -> jax.Array:
+    """`width` float32 draws for each of `count` positions of each sequence, [B, count, width]."""
+
     def one(sequence_id: jax.Array, position: jax.Array) -> jax.Array:
-        drawn = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
-        return jax.random.uniform(drawn, (width,), jnp.float32)
+        folded = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
+        return draw(folded, (width,), jnp.float32)
 
     positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sequence_ids, positions)

@@ -24,6 +24,7 @@ from tlt_jax import (
     spot_training,
     weights,
 )
+from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import FRESH
 from tlt_jax.programs import RolloutPrograms
@@ -32,7 +33,7 @@ from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.tasks import pipeline
 from tlt_jax.tasks.task import Task, get_task
-from tlt_jax.types import UserError
+from tlt_jax.types import Strategy, UserError
 
 REWARD_THREADS = 2
 
@@ -87,21 +88,23 @@ def drafter_state(
     return jax.device_put(state, sharding.replicated(mesh))
 
 
-def load_replay(path: str) -> dict[int, list[str]] | None:
-    """Strategies of the chunks of each step from a run's `decisions.jsonl`; None without a path.
+def load_replay(path: str) -> dict[int, list[Choice]] | None:
+    """What a run chose for the chunks of each step, by its `decisions.jsonl`; None without a path.
 
     Raises:
       UserError: there is no such file, or it is no log of decisions.
     """
     if not path:
         return None
-    log: dict[int, list[str]] = collections.defaultdict(list)
+    log: dict[int, list[Choice]] = collections.defaultdict(list)
     for record in read_jsonl(path):
-        if not {"step", "strategy"} <= record.keys():
+        if not {"step", "strategy", "chosen", "give_up_below"} <= record.keys():
             raise UserError(
                 f"config.replay={path} is no log of decisions; give the decisions.jsonl of a run."
             )
-        log[record["step"]].append(record["strategy"])
+        strategy = Strategy.parse(record["strategy"])
+        choice = Choice(strategy, record["chosen"], record["give_up_below"])
+        log[record["step"]].append(choice)
     return dict(log)
 
 

@@ -30,6 +30,7 @@ from tlt_jax.config import PolicyConfig
 from tlt_jax.drafting import Drafted, DraftInputs, Models
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.rejection import Draws
+from tlt_jax.trees import Tree
 from tlt_jax.types import SamplingParams, Strategy
 
 # Folded into the step's key for `rejection`; sequence ids, folded in for tokens, stay below.
@@ -260,59 +261,43 @@ def _verify(
         )
     with jax.named_scope("head"):
         processed = sampling.process_logits(policy.logits(models.target, hidden), params)
+        if params.rejection:
+            probs = sampling.probs(processed, params)
+            walk = rejection.walk(tree, drafted.proposals, probs, draws)
+            taken, accepted, path = walk.taken, walk.accepted, walk.path
+        else:
+            taken, accepted, path = _by_coupling(strategy, params, draws.noise, tree, processed)
     with jax.named_scope("commit"):
-        accept = _by_rejection if params.rejection else _by_coupling
-        verified, path = accept(strategy, params, draws, drafted, processed, hidden)
+        expected = jnp.zeros((taken.shape[0], strategy.depth), jnp.float32)
         if branches:
+            found = jnp.any(path[:, :, None] == jnp.arange(strategy.verify_tokens), axis=1)
+            expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
+            processed, hidden = trees.take(processed, path), trees.take(hidden, path)
             cache = tuple(kv_cache.move(layer, pending, path) for layer in cache)
-    return cache, verified
+    with jax.named_scope("head"):
+        log_probs = sampling.log_probs(processed, taken, params)
+    return cache, _Verified(taken, log_probs, hidden, accepted, expected)
 
 
 def _by_coupling(
     strategy: Strategy,
     params: SamplingParams,
-    draws: Draws,
-    drafted: Drafted,
+    noise: jax.Array,
+    tree: Tree,
     processed: jax.Array,
-    hidden: jax.Array,
-) -> tuple[_Verified, jax.Array]:
-    """What was accepted, and the path's nodes [B, d + 1]; a draft is if it is the target's token.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Accepts a draft iff it is the token that the target takes under its noise [B, d + 1, V].
 
-    `processed` are the target's logits after each node, [B, M, V], `hidden` its features there.
+    `processed` are the target's logits after each node, [B, M, V]. Returns the tokens along the
+    path [B, d + 1], how many drafts were accepted [B], and the path's nodes [B, d + 1].
     """
-    tree, branches = drafted.tree, not strategy.is_chain
-    noise = trees.take(draws.noise, tree.depths) if branches else draws.noise
-    taken = sampling.pick(processed, noise, params)
-    log_probs = sampling.log_probs(processed, taken, params)
-    if not branches:
-        expected = jnp.zeros((taken.shape[0], strategy.depth), jnp.float32)
-        accepted = trees.accepted_in_chain(tree.tokens, taken)
-        return _Verified(taken, log_probs, hidden, accepted, expected), tree.depths
+    if strategy.is_chain:
+        taken = sampling.pick(processed, noise, params)
+        return taken, trees.accepted_in_chain(tree.tokens, taken), tree.depths
+    taken = sampling.pick(processed, trees.take(noise, tree.depths), params)
     found = trees.accepted_nodes(tree, taken)
     accepted, path = trees.accepted_path(tree, found, depth=strategy.depth)
-    expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
-    taken, log_probs, hidden = (trees.take(x, path) for x in (taken, log_probs, hidden))
-    return _Verified(taken, log_probs, hidden, accepted, expected), path
-
-
-def _by_rejection(
-    strategy: Strategy,
-    params: SamplingParams,
-    draws: Draws,
-    drafted: Drafted,
-    processed: jax.Array,
-    hidden: jax.Array,
-) -> tuple[_Verified, jax.Array]:
-    """The same by rejection sampling; arguments as of `_by_coupling`."""
-    tree = drafted.tree
-    walk = rejection.walk(tree, drafted.proposals, sampling.probs(processed, params), draws)
-    expected = jnp.zeros((processed.shape[0], strategy.depth), jnp.float32)
-    if not strategy.is_chain:
-        found = jnp.any(walk.path[:, :, None] == jnp.arange(tree.tokens.shape[1]), axis=1)
-        expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
-        processed, hidden = trees.take(processed, walk.path), trees.take(hidden, walk.path)
-    log_probs = sampling.log_probs(processed, walk.taken, params)
-    return _Verified(walk.taken, log_probs, hidden, walk.accepted, expected), walk.path
+    return trees.take(taken, path), accepted, path
 
 
 def _commit(

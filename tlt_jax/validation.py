@@ -89,6 +89,11 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
     for texts in rollout.strategies:
         _require(bool(texts.split()), "config.rollout.strategies has an empty entry; name one.")
         _check_strategies("config.rollout.strategies", texts.split(), policy)
+        arms = [Strategy.parse(text) for text in texts.split()]
+        _require(
+            len(set(arms)) == len(arms),
+            f"config.rollout.strategies has an entry '{texts}' that names a strategy twice.",
+        )
     _validate_choice(rollout)
     _require(
         not rollout.uses_ngram or rollout.library_texts >= rollout.num_sequences,
