@@ -5,6 +5,7 @@
 #   bash launch/test.sh -m slow                  arguments go to pytest, which then runs alone
 #   bash launch/test.sh -m "slow or not slow"    every test
 #   bash launch/test.sh -k sampling              the tests whose name holds "sampling"
+#   bash launch/test.sh -n 0 -x                  in one process, up to the first failure
 #
 # launch/environment.sh explains TLT_JAX_VENV, PYTHON and TLT_JAX_ACCELERATOR.
 set -euo pipefail
@@ -34,7 +35,10 @@ if (($# == 0)); then
   check mypy
   check lint-imports
 fi
-check pytest "$@"
+# Most of the time goes into compiling, which keeps one core busy: so a process a core, up to eight.
+# A file stays in one process, for its tests share what they set up; files go in their order, for
+# by count of tests the longest would come last.
+check pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
 
 if ((${#failed[@]} > 0)); then
   verdict=$(printf ', %s' "${failed[@]}")
