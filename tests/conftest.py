@@ -6,6 +6,7 @@ Conftest files are read before any test module, hence before JAX starts its back
 import dataclasses
 import importlib.util
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 ).strip()
+
+# What one process has compiled the others need not, nor does the next run: most test modules use the
+# programs of `toy_engine`.
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla_cache"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_compilation_cache_max_size", 2**31)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 TINY = PolicyConfig(
     vocab_size=11,

@@ -17,7 +17,8 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((REPO / "launch").glob("*.sh")), REPO / ".ci" / "run"]
-CHECKS = ["ruff check .", "ruff format --check .", "mypy", "lint-imports", "pytest"]
+PYTEST = "pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
+CHECKS = ["ruff check .", "ruff format --check .", "mypy", "lint-imports", PYTEST]
 
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$STUB_CALLS"
@@ -337,7 +338,7 @@ def test_failing_check_fails_the_verdict_but_not_the_other_checks(sandbox):
 def test_arguments_go_to_pytest_alone(sandbox):
     result = sandbox.run("test.sh", "-k", "sampling", "-m", "slow or not slow")
     assert result.returncode == 0, result.stderr
-    assert sandbox.calls("^pytest") == ["pytest -k sampling -m slow or not slow"]
+    assert sandbox.calls("^pytest") == [f"{PYTEST} -k sampling -m slow or not slow"]
     assert not sandbox.calls("^(ruff|mypy|lint-imports)")
 
 
