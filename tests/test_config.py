@@ -195,7 +195,6 @@ IMPOSSIBLE = [
     ("config.rollout.row_buckets", {"rollout": {"row_buckets": (16, 16, 4, 2, 1)}}),
     ("config.rollout.row_buckets", {"rollout": {"row_buckets": (1, 2, 4, 8, 16)}}),
     ("config.rollout.row_buckets", {"rollout": {"row_buckets": (16, 8, 4, 2, 0)}}),
-    ("config.rollout.row_buckets starts at 8", {"rollout": {"row_buckets": (8, 4, 2, 1)}}),
     ("config.rollout.strategies is ('plain',)", {"rollout": {"strategies": ("plain",)}}),
     (
         "config.rollout.strategies: there is no strategy 'chain'",

@@ -36,10 +36,11 @@ def _check(programs, draft):
         "tree on tensor",
         "ngram",
         "ngram chain",
+        "queue",
     ],
 )
 def test_strategies_and_meshes_give_the_same_tokens(name):
-    """Plain decoding, chains, trees, several in turn; 1, 2 and 4 slices; tensor parallelism."""
+    """Plain decoding, chains, trees, several in turn; meshes; fewer slots than sequences."""
     strategies = {
         "plain": {"plain"},
         "main": {"chain-2", "chain-4"},
@@ -51,6 +52,7 @@ def test_strategies_and_meshes_give_the_same_tokens(name):
         "tree on tensor": {"tree-3-2-5"},
         "ngram": {"ngram-3-2-6", "chain-4"},
         "ngram chain": {"ngram-4"},
+        "queue": {"chain-2"},
     }
     programs = toy_engine.engine(name)
     chunks = _check(programs, toy_engine.random_drafter())
@@ -102,7 +104,7 @@ def test_another_policy_gives_other_tokens():
 
 
 @pytest.mark.parametrize(
-    "name", ["main", "plain, then chains", "four slices", "tensor", "trees", "ngram"]
+    "name", ["main", "plain, then chains", "four slices", "tensor", "trees", "ngram", "queue"]
 )
 def test_a_drafter_that_equals_the_target_is_never_wrong(name):
     """Every draft is accepted: after growth, compaction, a change of depth, after plain chunks and

@@ -97,6 +97,7 @@ def test_the_first_bucket_is_the_smallest_that_holds_all():
     assert programs.having(row_buckets=(32, 8, 4, 1), strategies=("plain",) * 4).first_rows == 4
     assert programs.having(row_buckets=(32, 6, 1), strategies=("plain",) * 3).first_rows == 6
     assert programs.having(row_buckets=(32, 6, 1), prompts_per_step=4).first_rows == 32
+    assert programs.having(row_buckets=(3, 1)).first_rows == 3  # two sequences wait
 
 
 def test_lengths_grow_as_rows_shrink():
@@ -129,13 +130,14 @@ def test_sampler_and_orders_are_data_on_every_device():
         ("plain", 3 + 2 + 2 + 1),
         ("one slice", 2 + 1),
         ("plain, then chains", 2 + 1 + 1),
+        ("queue", 2 + 1 + 1 + 2),  # the last for refilling caches of either length
     ],
 )
 def test_warming_up_compiles_what_a_rollout_can_need(name, count):
     assert toy_engine.engine(name).warmed_up == count
 
 
-@pytest.mark.parametrize("name", ["main", "plain", "one slice", "four slices", "tensor"])
+@pytest.mark.parametrize("name", ["main", "plain", "one slice", "four slices", "tensor", "queue"])
 def test_after_warming_up_a_rollout_compiles_nothing(name):
     """Neither from the pool nor anywhere else; the first rollout loads constants of small jobs."""
     programs = toy_engine.engine(name)

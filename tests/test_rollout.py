@@ -213,6 +213,43 @@ def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
     assert (max(rounds[1]) < 70) == deal_by_length, rounds
 
 
+@pytest.mark.parametrize("refill", [True, False])
+def test_those_who_wait_get_slots_as_they_fall_free(refill):
+    """Sixteen sequences on twice two slots; without `refill` four at a time."""
+    programs = toy_engine.engine("queue").having(refill=refill, chunk_tokens=5)
+    lengths = [30, 3, 5, 2, 8, 12, 1, 7, 4, 4, 9, 20, 2, 6, 11, 3]
+    handed = []
+    result = toy_engine.roll(
+        programs,
+        toy_engine.counting(),
+        toy_engine.counting_prompts(*lengths),
+        on_finished=handed.append,
+    )
+    assert [len(response.response) for response in result.responses] == lengths
+    assert sorted(response.sequence for response in handed) == list(range(16))
+    full = [record for record in result.chunks if record.live == [2, 2]]
+    busy = sum(sum(r.row_rounds) for r in full) / sum(2 * sum(r.rounds_run) for r in full)
+    assert busy > 0.7, "rows that ended keep their slots"
+    if refill:
+        assert len(full) >= len(result.chunks) - 5 and 0 not in handed[:8]
+        last = max(i for i, record in enumerate(result.chunks) if record.live == [2, 2])
+        assert {record.rows for record in result.chunks[: last + 1]} == {2}
+    else:
+        waves = [{response.sequence for response in handed[i : i + 4]} for i in range(0, 16, 4)]
+        assert waves == [set(range(i, i + 4)) for i in range(0, 16, 4)]
+
+
+def test_the_long_ones_do_not_wait():
+    """Last in the first epoch, they come first in the second, which is over sooner."""
+    programs = toy_engine.engine("queue").having(temperature=0.0, chunk_tokens=9)
+    lengths = [9, 9, 9, 9, 9, 9, 30, 30]
+    asked, models = toy_engine.counting_prompts(*lengths), toy_engine.counting()
+    first = toy_engine.roll(programs, models, asked)
+    second = toy_engine.roll(programs, models, asked, controller=first.controller)
+    rounds = [sum(max(r.rounds_run) for r in result.chunks) for result in (first, second)]
+    assert rounds[1] < rounds[0], rounds
+
+
 @pytest.fixture
 def steady_clock(monkeypatch):
     """A round of plain decoding takes a second, one of a chain 1.6, whatever the machine does."""

@@ -230,6 +230,7 @@ _KINDS = {
         "training": False,
         "library_texts": 8,
     },
+    "queue": {"row_buckets": (2,), "strategies": ("chain-2",), "training": False},
     "ngram chain": _one_bucket | {"strategies": ("ngram-4",), "training": False},
     "tree on tensor": _one_bucket | {"tensor": 2, "strategies": ("tree-3-2-5",), "training": False},
     "filtered": _filtered | {"strategies": ("chain-2",)},

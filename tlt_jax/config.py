@@ -74,7 +74,8 @@ class RolloutConfig:
     """One rollout: `prompts_per_step` x `group_size` sequences spread over the slices.
 
     `verification` is "coupled", where drafts change no token, or "rejection", where they leave the
-    distribution of the tokens as it is.
+    distribution of the tokens as it is. Without `shared_noise` the drafter ranks tokens without the
+    noise they are sampled with, as in EAGLE: its guesses are the most likely tokens.
 
     `row_buckets` are rows per slice, falling; `strategies` gives the ways of decoding in each of
     them, in the written form of `types.Strategy` and with blanks between. Where there are several,
@@ -84,8 +85,12 @@ class RolloutConfig:
     (TLT's elastic activation). As rows shrink, lengths grow: the k-th row bucket
     in use has caches of the k-th length bucket or longer. A sequence gains at most `chunk_tokens`
     tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds. The
-    n-gram drafter looks things up in the last `library_texts` finished sequences. With
-    `deal_by_length` prompts are spread over the slices by how long the last responses to them were.
+    n-gram drafter looks things up in the last `library_texts` finished sequences.
+
+    The first row bucket that holds a slice's share of the sequences gives its slots; if none does,
+    further sequences wait for a slot that falls free between two chunks (with `refill`) or for all
+    of them (without). With `deal_by_length` prompts are spread over the slices, and wait, by how
+    long the last responses to them were: the longest first.
     """
 
     prompts_per_step: int = 4
@@ -105,7 +110,9 @@ class RolloutConfig:
     epsilon: float = 0.1
     free_tokens: float = 8.0
     threshold: int = 0
+    shared_noise: bool = True
     deal_by_length: bool = True
+    refill: bool = True
 
     @property
     def num_sequences(self) -> int:
@@ -228,18 +235,28 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Comparison of rollout modes (`python -m tlt_jax.benchmark`).
+    """Comparison of rollout modes (`python -m tlt_jax.benchmark`), in `parts`.
 
     Batches are drawn until plain decoding has made `min_tokens` tokens. `small_batch` sequences
-    make the second workload, the tail, of a fourth of the tokens. `near_tie` is the largest gap
-    between the two best noisy logits that rounding may decide differently in two modes.
+    make the workload of the tail. `grid_strategies` run with `grid_rows` rows live per slice,
+    `draft_strategies` at each of the `temperatures`, in a fourth of the tokens each. `near_tie` is
+    the largest gap between the two best noisy logits that rounding may decide differently in two
+    modes.
     """
 
+    parts: tuple[str, ...] = ("batch", "tail", "training")
     repeats: int = 5
     min_tokens: int = 20_000
     small_batch: int = 4
     strategies: tuple[str, ...] = ("chain-2", "chain-4", "chain-8")
     other_slices: tuple[int, ...] = (1, 4)
+    grid_rows: tuple[int, ...] = (16, 4, 1)
+    grid_strategies: tuple[str, ...] = (
+        *("chain-2", "chain-4", "chain-8", "ngram-4"),
+        *("tree-4-2-8", "tree-4-2-12", "tree-8-2-16", "tree-8-4-16"),
+    )
+    draft_strategies: tuple[str, ...] = ("chain-4", "tree-4-2-15")
+    temperatures: tuple[float, ...] = (1.0, 0.6)
     other_chunk_tokens: int = 24
     near_tie: float = 1e-4
 

@@ -2,10 +2,12 @@
 
 How long the last responses to a prompt were says how long the next will be. Longest first, each
 sequence goes to the slice that has least to do so far and a slot left (Graham's longest-processing-
-time rule; with slots enough its makespan is at most 4/3 of the best). The deal changes no token, as
-these depend on no slice.
+time rule; with slots enough its makespan is at most 4/3 of the best). Sequences for which there is
+no slot wait, and are drawn, longest first again, as slots fall free. None of this changes a token,
+as these depend on no slice and no order.
 """
 
+import collections
 import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,13 +53,35 @@ def expected(history: LengthHistory, prompt_ids: Sequence[int]) -> list[float]:
     return [usual if length is None else length for length in known]
 
 
-def deal(lengths: Sequence[float], *, slices: int, rows: int) -> list[list[int]]:
-    """Sequences of each slice, at most `rows`; equal lengths are dealt in turn."""
+def queue(lengths: Sequence[float]) -> collections.deque[int]:
+    """Sequences in the order in which they get slots: the longest first, equal ones as they are."""
+    return collections.deque(sorted(range(len(lengths)), key=lambda index: -lengths[index]))
+
+
+def deal(
+    waiting: collections.deque[int], lengths: Sequence[float], *, slices: int, rows: int
+) -> list[list[int]]:
+    """Takes from `waiting` for slices of `rows` free slots each; equal lengths go in turn."""
     hands: list[list[int]] = [[] for _ in range(slices)]
     loads = [0.0] * slices
-    for sequence in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for _ in range(min(slices * rows, len(waiting))):
+        sequence = waiting.popleft()
         room = [index for index in range(slices) if len(hands[index]) < rows]
         chosen = min(room, key=lambda index: (loads[index], len(hands[index])))
         hands[chosen].append(sequence)
         loads[chosen] += lengths[sequence]
+    return hands
+
+
+def draw(waiting: collections.deque[int], free: Sequence[int], *, most: int) -> list[list[int]]:
+    """Takes from `waiting` for each slice as many as it has `free` slots, at most `most`.
+
+    Where there are too few for all, the slice with most free slots has the first turn.
+    """
+    hands: list[list[int]] = [[] for _ in free]
+    left = [min(slots, most) for slots in free]
+    while waiting and any(left):
+        chosen = max(range(len(free)), key=lambda i: (left[i] > 0, free[i] - len(hands[i])))
+        hands[chosen].append(waiting.popleft())
+        left[chosen] -= 1
     return hands

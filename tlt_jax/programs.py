@@ -49,9 +49,20 @@ class RolloutPrograms:
 
     @property
     def first_rows(self) -> int:
-        """Row bucket that a rollout starts in."""
+        """Row bucket that a rollout starts in: its slots per slice."""
         per_slice = -(-self.rollout.num_sequences // self.slices)
-        return min(bucket for bucket in self.rollout.row_buckets if bucket >= per_slice)
+        buckets = self.rollout.row_buckets
+        return min((rows for rows in buckets if rows >= per_slice), default=buckets[0])
+
+    @property
+    def refill_rows(self) -> int:
+        """Slots per slice that one call of `refill` can fill."""
+        return -(-self.first_rows // 4)
+
+    @property
+    def _refills(self) -> bool:
+        """Whether a rollout has more sequences than slots."""
+        return self.rollout.num_sequences > self.slices * self.first_rows
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -93,6 +104,7 @@ class RolloutPrograms:
                 rejection=config.rejection,
             ),
             stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
+            draft_noise=jnp.float32(config.shared_noise),
         )
         return jax.device_put(made, sharding.replicated(self.mesh))
 
@@ -121,6 +133,18 @@ class RolloutPrograms:
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
         """Rows of a new batch; see `row_programs.prefill_program` for the arguments."""
         return self._prefill(target, batch)(target, *batch)
+
+    def refill(
+        self,
+        target: Any,
+        drafter_state: DrafterState | None,
+        rows: RolloutState,
+        begun: tuple[Any, ...],
+    ) -> RolloutState:
+        """Puts new prompts into slots; see `row_programs.refill_program` for the arguments."""
+        draft = None if drafter_state is None else drafter_state.params
+        arguments = (target, draft, rows, *begun)
+        return self._refill(arguments)(*arguments)
 
     def chunk(
         self,
@@ -169,18 +193,20 @@ class RolloutPrograms:
         extra: Sequence[Callable[[], Any]] = (),
     ) -> None:
         """Compiles every program that a rollout of this configuration can need, and `extra`."""
-        sampler = self.sampler(jax.random.key(0), (0,))
-        buckets = self.buckets
+        buckets, held = self.buckets, (target, drafter_state, buffer, library)
         jobs: list[Callable[[], Any]] = list(extra)
         for length in self.rollout.length_buckets:
             for rows in buckets:
                 shapes = self._state_shapes(target, rows, length)
                 for kind in self._kinds(rows) if length >= self.least_length(rows) else ():
-                    orders = self.orders(kind.strategy, rounds=0, index=0)
-                    arguments = (target, drafter_state, buffer, library, sampler, orders, shapes)
+                    arguments = self.chunk_shapes(kind, rows, length, *held)
                     jobs.append(functools.partial(self.chunk_program, kind, arguments))
                 if length != self.rollout.length_buckets[-1]:
                     jobs.append(functools.partial(self._grow, shapes))
+                if rows == self.first_rows and self._refills:
+                    draft = None if drafter_state is None else drafter_state.params
+                    arguments = (target, draft, shapes, *self._refill_shapes())
+                    jobs.append(functools.partial(self._refill, arguments))
                 if rows != buckets[-1]:
                     smaller = buckets[buckets.index(rows) + 1]
                     jobs.append(functools.partial(self._shrink, shapes, smaller))
@@ -209,6 +235,15 @@ class RolloutPrograms:
     def _prefill_jit(self, length: int) -> Any:
         return row_programs.prefill_program(
             self.mesh, self.policy, length=length, keep_features=self.drafting
+        )
+
+    def _refill(self, arguments: tuple[Any, ...]) -> Any:
+        return self.pool.get(
+            ("refill", arguments[2].tokens.shape),
+            lambda: row_programs.refill_program(
+                self.mesh, self.policy, keep_features=self.drafting
+            ),
+            arguments,
         )
 
     def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
@@ -245,6 +280,22 @@ class RolloutPrograms:
 
     # Abstract arguments, to compile for shapes that no array has yet.
 
+    def chunk_shapes(
+        self,
+        kind: ChunkKind,
+        rows: int,
+        length: int,
+        target: Any,
+        drafter_state: DrafterState | None,
+        buffer: DrafterBuffer | None,
+        library: Library | None,
+    ) -> tuple[Any, ...]:
+        """Arguments of `chunk` for `rows` rows per slice in caches of `length`."""
+        sampler = self.sampler(jax.random.key(0), (0,))
+        orders = self.orders(kind.strategy, rounds=0, index=0)
+        shapes = self._state_shapes(target, rows, length)
+        return target, drafter_state, buffer, library, sampler, orders, shapes
+
     def _batch_shapes(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         count, split = self.slices * rows, sharding.per_slice(self.mesh)
         prompt = jax.ShapeDtypeStruct(
@@ -252,6 +303,10 @@ class RolloutPrograms:
         )
         number = jax.ShapeDtypeStruct((count,), np.int32, sharding=split)
         return (prompt, number, number, number, number)
+
+    def _refill_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        batch = self._batch_shapes(self.refill_rows)
+        return (batch[1], *batch)  # slots are numbers, like lengths
 
     def _state_shapes(self, target: Any, rows: int, length: int) -> Any:
         shapes = jax.eval_shape(self._prefill_jit(length), target, *self._batch_shapes(rows))

@@ -6,10 +6,10 @@ counts, so all processes decide alike and a run can be repeated; only where a bu
 strategies a clock has a say, and then the first process decides for all.
 """
 
+import collections
 import dataclasses
 import math
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +17,18 @@ import jax
 import numpy as np
 
 from tlt_jax import bandit as bandit_lib
-from tlt_jax import dealing, sharding
+from tlt_jax import dealing, sharding, slots
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.choice import Choice, choose
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
-from tlt_jax.dealing import NO_HISTORY, LengthHistory
+from tlt_jax.dealing import NO_HISTORY
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
+from tlt_jax.slots import Asked
 from tlt_jax.speculation import PROVING_ROUNDS, RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
-from tlt_jax.types import INVALID, Strategy, UserError
+from tlt_jax.types import INVALID, Strategy
 
 # With so few live rows a slice may fall idle within a chunk; with more, the program without a
 # training branch runs, and no gradients are reduced for nothing.
@@ -91,11 +92,13 @@ class _Flight:
     """A rollout under way, on the host's side."""
 
     target: Any
-    prompt_lengths: list[int]  # by sequence
+    asked: Asked
+    expected: list[float]  # response lengths by sequence
+    waiting: collections.deque[int]  # sequences without a slot, first come first served
     sampler: Sampler
     rows: RolloutState
     live: np.ndarray  # [slices * rows] bool
-    longest: int
+    lengths: np.ndarray  # [slices * rows] int32, prompts included
     drafter_state: DrafterState | None
     buffer: DrafterBuffer | None
     library: Library | None
@@ -146,15 +149,20 @@ def run(
         another one.
     """
     began = time.monotonic()
-    prompt_ids = [_prompt_id(prompt) for prompt in prompts]
-    batch = _lay_out(programs, prompts, prompt_ids, controller.history)
+    asked = slots.ask(prompts, programs.rollout)
+    known = controller.history if programs.rollout.deal_by_length else NO_HISTORY
+    expected = dealing.expected(known, asked.ids)
+    waiting = dealing.queue(expected)
+    rows, live, lengths = _begin(programs, target, asked, waiting, expected)
     flight = _Flight(
         target=target,
-        prompt_lengths=[len(prompt) for prompt in prompts],
+        asked=asked,
+        expected=expected,
+        waiting=waiting,
         sampler=programs.sampler(key, stop_tokens),
-        rows=programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh))),
-        live=batch[3] != INVALID,
-        longest=int(batch[1].max()),
+        rows=rows,
+        live=live,
+        lengths=lengths,
         drafter_state=drafter_state,
         buffer=buffer,
         library=library,
@@ -164,16 +172,17 @@ def run(
         chunks=[],
     )
     responses: dict[int, Response] = {}
-    while flight.live.any():
+    while flight.waiting or flight.live.any():
         for response in _next_chunk(programs, flight):
             responses[response.sequence] = response
             on_finished(response)
     if programs.training and programs.slices == 1:
         _train_between_steps(programs, flight)
-    lengths = [len(responses[sequence].response) for sequence in range(len(prompts))]
-    history = dealing.remember(controller.history, zip(prompt_ids, lengths, strict=True))
+    ordered = [responses[sequence] for sequence in range(len(prompts))]
+    given = ((prompt, len(r.response)) for prompt, r in zip(asked.ids, ordered, strict=True))
+    history = dealing.remember(controller.history, given)
     return RolloutResult(
-        responses=[responses[sequence] for sequence in range(len(prompts))],
+        responses=ordered,
         drafter_state=flight.drafter_state,
         buffer=flight.buffer,
         library=flight.library,
@@ -182,46 +191,13 @@ def run(
     )
 
 
-def _lay_out(
-    programs: RolloutPrograms,
-    prompts: Sequence[np.ndarray],
-    prompt_ids: Sequence[int],
-    history: LengthHistory,
-) -> tuple[np.ndarray, ...]:
-    """Deals prompts to the slices; returns the arrays of `row_programs.prefill_program`."""
-    config, rows = programs.rollout, programs.first_rows
-    for sequence, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= config.max_prompt_length:
-            raise UserError(
-                f"prompt {sequence} has {len(prompt)} tokens, but the cache is laid out for 1 to "
-                f"{config.max_prompt_length}; raise config.rollout.max_prompt_length."
-            )
-    known = history if config.deal_by_length else NO_HISTORY
-    hands = dealing.deal(dealing.expected(known, prompt_ids), slices=programs.slices, rows=rows)
-    count = programs.slices * rows
-    tokens = np.zeros((count, config.max_prompt_length), np.int32)
-    lengths = np.ones(count, np.int32)
-    ids, of_prompts = np.full((2, count), INVALID, np.int32)
-    for slice_, hand in enumerate(hands):
-        for place, sequence in enumerate(hand, start=slice_ * rows):
-            tokens[place, : len(prompts[sequence])] = prompts[sequence]
-            lengths[place] = len(prompts[sequence])
-            ids[place], of_prompts[place] = sequence, prompt_ids[sequence]
-    return tokens, lengths, lengths + config.max_response_length, ids, of_prompts
-
-
-def _prompt_id(prompt: np.ndarray) -> int:
-    """A checksum of the prompt's tokens, so that a prompt is known again in the next epoch."""
-    return zlib.crc32(np.asarray(prompt, np.int32).tobytes()) >> 1
-
-
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     """Decides on and runs one chunk; returns the responses that ended in it.
 
     Where a slice is nearly idle, the program with training runs already, so that it trains in the
     very chunk in which it falls idle.
     """
-    _compact(programs, flight)
+    _seat(programs, flight)
     rows, live = flight.bucket(programs), flight.live_by_slice(programs.slices)
     flight.controller, choice = choose(
         programs,
@@ -241,12 +217,60 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     return _harvest(flight, was_live & ~flight.live)
 
 
+def _begin(
+    programs: RolloutPrograms,
+    target: Any,
+    asked: Asked,
+    waiting: collections.deque[int],
+    expected: Sequence[float],
+) -> tuple[RolloutState, np.ndarray, np.ndarray]:
+    """New rows for those who wait, as many as there are slots; with what is live and lengths."""
+    rows = programs.first_rows
+    hands = dealing.deal(waiting, expected, slices=programs.slices, rows=rows)
+    batch = asked.arrays(hands, rows=rows)
+    state = programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
+    return state, batch[3] != INVALID, batch[1]
+
+
+def _seat(programs: RolloutPrograms, flight: _Flight) -> None:
+    """Gives slots to those who wait, or else compacts rows into the smallest bucket."""
+    if flight.waiting and not flight.live.any():
+        flight.rows, flight.live, flight.lengths = _begin(
+            programs, flight.target, flight.asked, flight.waiting, flight.expected
+        )
+    elif flight.waiting and programs.rollout.refill:
+        while flight.waiting and not flight.live.all():
+            _refill(programs, flight)
+    else:
+        _compact(programs, flight)
+
+
+def _refill(programs: RolloutPrograms, flight: _Flight) -> None:
+    """Puts waiting sequences into free slots, as many as one call can."""
+    most, shape = programs.refill_rows, (programs.slices, flight.bucket(programs))
+    live, lengths = flight.live.reshape(shape).copy(), flight.lengths.reshape(shape).copy()
+    free = [np.flatnonzero(~of_slice) for of_slice in live]
+    hands = dealing.draw(flight.waiting, [len(places) for places in free], most=most)
+    batch = flight.asked.arrays(hands, rows=most)
+    chosen = np.full((programs.slices, most), shape[1], np.int32)
+    for slice_, hand in enumerate(hands):
+        places = free[slice_][: len(hand)]
+        chosen[slice_, : len(hand)] = places
+        live[slice_, places] = True
+        lengths[slice_, places] = batch[1].reshape(-1, most)[slice_, : len(hand)]
+    split = sharding.per_slice(programs.mesh)
+    arrays = jax.device_put((chosen.reshape(-1), *batch), split)
+    flight.rows = programs.refill(flight.target, flight.drafter_state, flight.rows, arrays)
+    flight.live, flight.lengths = live.reshape(-1), lengths.reshape(-1)
+
+
 def _compact(programs: RolloutPrograms, flight: _Flight) -> None:
     """Compacts rows into the smallest bucket that holds them."""
     before = flight.live.size
     flight.rows = programs.compact(flight.rows, int(flight.live_by_slice(programs.slices).max()))
     if flight.rows.live.size < before:
-        flight.live = sharding.to_host(flight.rows.live)
+        rows = flight.rows
+        flight.live, flight.lengths = sharding.to_host((rows.live, rows.length))
 
 
 def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int:
@@ -258,7 +282,8 @@ def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int
     wanted = programs.rollout.rounds(strategy)
     if length == programs.rollout.length_buckets[-1]:
         return wanted
-    room = (length - programs.rollout.slack - flight.longest) // strategy.most_committed
+    room = length - programs.rollout.slack - int(flight.lengths.max())
+    room //= strategy.most_committed
     return 0 if room < math.ceil(wanted / 2) else min(room, wanted)
 
 
@@ -286,8 +311,8 @@ def _launch(
         orders,
         flight.rows,
     )
-    told, flight.live, lengths = sharding.to_host((report, flight.rows.live, flight.rows.length))
-    flight.longest = int(lengths.max())
+    rows = flight.rows
+    told, flight.live, flight.lengths = sharding.to_host((report, rows.live, rows.length))
     record = ChunkRecord(
         chunk=index,
         start=start - flight.began,
@@ -374,7 +399,7 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
             sequence=int(ids[row]),
             tokens=tokens[row, : lengths[row]].copy(),
             log_probs=log_probs[row, : lengths[row]].copy(),
-            prompt_length=flight.prompt_lengths[ids[row]],
+            prompt_length=len(flight.asked.prompts[ids[row]]),
         )
         for row in np.flatnonzero(ended)
     ]

@@ -1,12 +1,14 @@
-"""Programs that make, shrink and lengthen the rows in flight between chunks.
+"""Programs that make, refill, shrink and lengthen the rows in flight between chunks.
 
 Each is one SPMD program over the whole mesh: a `shard_map`, manual over `slice` and automatic over
 `tensor`; inside, arrays are those of one slice.
 
-Axes: B rows of all slices, S cache length, P padded prompt length.
+Axes: B rows of all slices, F rows of all slices that begin anew, S cache length, P padded prompt
+length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from tlt_jax import drafter, policy, sharding
 from tlt_jax.config import PolicyConfig
+from tlt_jax.drafting import Models
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import SLICE
-from tlt_jax.speculation import RolloutState
+from tlt_jax.speculation import RolloutState, make_draft_cache
 
 
 def state_shardings(mesh: Mesh, *, keep_features: bool) -> RolloutState:
@@ -52,32 +55,75 @@ def prefill_program(mesh: Mesh, config: PolicyConfig, *, length: int, keep_featu
     trained drafter can take part.
     """
 
-    def prefill(target, tokens, lengths, limits, sequence_ids, prompt_ids):
-        rows, prompt = tokens.shape
-        cache = policy.empty_cache(config, rows, length)
-        start = jnp.zeros((rows,), jnp.int32)
-        hidden, _, cache = policy.decode(target, config, tokens, cache, start)
-
-        def widen(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
-
-        return RolloutState(
-            tokens=widen(tokens),
-            log_probs=jnp.zeros((rows, length), jnp.float32),
-            cache=cache,
-            features=widen(hidden) if keep_features else None,
-            draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
-            length=lengths,
-            draft_length=jnp.full_like(lengths, -length),
-            limit=limits,
-            live=sequence_ids >= 0,
-            stored=sequence_ids < 0,
-            sequence_ids=sequence_ids,
-            prompt_ids=prompt_ids,
-        )
-
+    begin = functools.partial(_begin, config, length=length, keep_features=keep_features)
     return jax.jit(
-        slice_program(prefill, mesh, (P(), *[P(SLICE)] * 5), P(SLICE)),
+        slice_program(begin, mesh, (P(), *[P(SLICE)] * 5), P(SLICE)),
+        out_shardings=state_shardings(mesh, keep_features=keep_features),
+    )
+
+
+def _begin(
+    config: PolicyConfig,
+    target: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    sequence_ids: jax.Array,
+    prompt_ids: jax.Array,
+    *,
+    length: int,
+    keep_features: bool,
+) -> RolloutState:
+    """Rows of new prompts on one slice, in caches of `length`; see `prefill_program`."""
+    rows, prompt = tokens.shape
+    cache = policy.empty_cache(config, rows, length)
+    start = jnp.zeros((rows,), jnp.int32)
+    hidden, _, cache = policy.decode(target, config, tokens, cache, start)
+
+    def widen(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
+
+    return RolloutState(
+        tokens=widen(tokens),
+        log_probs=jnp.zeros((rows, length), jnp.float32),
+        cache=cache,
+        features=widen(hidden) if keep_features else None,
+        draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
+        length=lengths,
+        draft_length=jnp.full_like(lengths, -length),
+        limit=limits,
+        live=sequence_ids >= 0,
+        stored=sequence_ids < 0,
+        sequence_ids=sequence_ids,
+        prompt_ids=prompt_ids,
+    )
+
+
+def refill_program(mesh: Mesh, config: PolicyConfig, *, keep_features: bool) -> Any:
+    """Program `(target, drafter parameters, RolloutState, slots [F], tokens [F, P], lengths,
+    limits, sequence ids, prompt ids) -> RolloutState` that puts new prompts into slots.
+
+    The last four are [F] int32. `slots` [F] int32 are rows of the slice; where there is nothing to
+    put, one beyond the last. The rows are donated. Without `keep_features` the drafter's parameters
+    are None.
+    """
+
+    def refill(target, draft, state, slots, tokens, *numbers):
+        length = tokens.shape[1]
+        new = _begin(config, target, tokens, *numbers, length=length, keep_features=keep_features)
+        if keep_features:  # or the next chunk would make the drafter's cache of all rows anew
+            models = Models(target, sharding.cast(draft, config.dtype))
+            new = make_draft_cache(models, config, new)
+
+        def put(whole: jax.Array, own: jax.Array) -> jax.Array:
+            return whole.at[slots, *map(slice, own.shape[1:])].set(own, mode="drop")
+
+        return jax.tree.map(put, state, new)
+
+    specs = (P(), P(), *[P(SLICE)] * 7)
+    return jax.jit(
+        slice_program(refill, mesh, specs, P(SLICE)),
+        donate_argnums=2,
         out_shardings=state_shardings(mesh, keep_features=keep_features),
     )
 

@@ -19,6 +19,7 @@ Axes: B rows, S cache length, D width, d draft depth, M verified tokens, V vocab
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -76,6 +77,7 @@ class Sampler:
     key: jax.Array  # the step's key
     params: SamplingParams
     stop_tokens: jax.Array  # [number of stop tokens] int32
+    draft_noise: jax.Array | float = 1.0  # [] float32, share of the noise that the drafter sees
 
 
 def zero_stats(strategy: Strategy) -> RoundStats:
@@ -115,26 +117,27 @@ def refresh_draft_cache(
     """
     if not strategy.uses_drafter:
         return state
-    inputs = _draft_inputs(state)
-    features, cache = inputs.features, inputs.cache
-    assert features is not None and cache is not None, "these rows cannot be drafted for"
     lag = state.length - 1 - state.draft_length
     stale = jnp.any(state.live & (lag > strategy.most_committed))
+    make = functools.partial(make_draft_cache, models, config)
+    return jax.lax.cond(stale, make, lambda s: s, state)
 
-    def refresh(state: RolloutState) -> RolloutState:
-        following = jnp.roll(state.tokens, -1, axis=1)
-        _, written = drafter.decode(
-            models.draft,
-            config,
-            features,
-            policy.embed(models.target, following),
-            cache,
-            jnp.zeros_like(state.length),
-        )
-        known = jnp.maximum(state.length - 2, 0)
-        return dataclasses.replace(state, draft_cache=written, draft_length=known)
 
-    return jax.lax.cond(stale, refresh, lambda s: s, state)
+def make_draft_cache(models: Models, config: PolicyConfig, state: RolloutState) -> RolloutState:
+    """Makes the drafter's whole cache from stored features."""
+    features, cache = state.features, state.draft_cache
+    assert features is not None and cache is not None, "these rows cannot be drafted for"
+    following = jnp.roll(state.tokens, -1, axis=1)
+    _, written = drafter.decode(
+        models.draft,
+        config,
+        features,
+        policy.embed(models.target, following),
+        cache,
+        jnp.zeros_like(state.length),
+    )
+    known = jnp.maximum(state.length - 2, 0)
+    return dataclasses.replace(state, draft_cache=written, draft_length=known)
 
 
 def count_committed(
@@ -224,7 +227,7 @@ def _draw(
         sampler.key, *where, count=strategy.most_committed, vocab_size=config.vocab_size
     )
     if not sampler.params.rejection:
-        return noise[:, :-1], Draws(jnp.zeros((noise.shape[0], 0, 0)), noise)
+        return sampler.draft_noise * noise[:, :-1], Draws(jnp.zeros((noise.shape[0], 0, 0)), noise)
     of_drafts, of_chances = (
         jax.random.fold_in(sampler.key, stream) for stream in (DRAFT_STREAM, CHANCE_STREAM)
     )

@@ -66,20 +66,14 @@ def _validate_rollout(rollout: RolloutConfig, mesh: MeshConfig, policy: PolicyCo
     _require(
         rollout.num_sequences % mesh.slices == 0,
         f"config.rollout has {rollout.prompts_per_step} x {rollout.group_size} = "
-        f"{rollout.num_sequences} slots; they must be a multiple of config.mesh.slices="
+        f"{rollout.num_sequences} sequences; they must be a multiple of config.mesh.slices="
         f"{mesh.slices}.",
     )
     _require(rollout.group_size >= 2, "config.rollout.group_size must be at least 2 (GRPO groups).")
-    rows = rollout.num_sequences // mesh.slices
     buckets = rollout.row_buckets
     _require(
         list(buckets) == sorted(set(buckets), reverse=True) and bool(buckets) and buckets[-1] >= 1,
         f"config.rollout.row_buckets is {buckets}; it must fall strictly and end at 1 or more.",
-    )
-    _require(
-        buckets[0] >= rows,
-        f"config.rollout.row_buckets starts at {buckets[0]} rows per slice, but "
-        f"{rollout.num_sequences} sequences on {mesh.slices} slices need {rows}.",
     )
     _require(
         len(rollout.strategies) == len(buckets),
@@ -131,6 +125,11 @@ def _validate_choice(rollout: RolloutConfig) -> None:
         rollout.verification in ("coupled", "rejection"),
         f"config.rollout.verification is '{rollout.verification}'; use 'coupled' or 'rejection'.",
     )
+    _require(
+        rollout.shared_noise or not rollout.rejection,
+        "config.rollout.shared_noise is False, but rejection sampling draws its drafts with noise "
+        "of their own; leave it True, or use config.rollout.verification=coupled.",
+    )
     for arm in rollout.all_arms if rollout.rejection else ():
         _require(
             arm.verify_tokens == 1 + arm.candidates,
@@ -162,7 +161,20 @@ def validate_benchmark(config: RunConfig) -> None:
     benchmark, rollout = config.benchmark, config.rollout
     _check_strategies("config.benchmark.strategies", benchmark.strategies, config.policy)
     _require(bool(benchmark.strategies), "config.benchmark.strategies is empty; name one or more.")
-    deepest = max(Strategy.parse(text).depth for text in benchmark.strategies)
+    for name in ("grid_strategies", "draft_strategies"):
+        _check_strategies(f"config.benchmark.{name}", getattr(benchmark, name), config.policy)
+    _require(
+        min(benchmark.grid_rows, default=0) >= 1,
+        f"config.benchmark.grid_rows is {benchmark.grid_rows}; name one or more numbers of rows.",
+    )
+    for arm in map(Strategy.parse, benchmark.draft_strategies):
+        _require(
+            not arm.ngram and arm.verify_tokens == 1 + arm.candidates > 1,
+            f"config.benchmark.draft_strategies has {arm}; it must be a chain or a whole tree of "
+            "the trained drafter, for rejection sampling verifies no others.",
+        )
+    named = (*benchmark.strategies, *benchmark.grid_strategies, *benchmark.draft_strategies)
+    deepest = max(Strategy.parse(text).depth for text in named)
     for name, tokens, depth in (
         ("rollout.chunk_tokens", rollout.chunk_tokens, deepest),
         ("benchmark.other_chunk_tokens", benchmark.other_chunk_tokens, rollout.deepest),
