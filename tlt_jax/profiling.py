@@ -134,6 +134,18 @@ def round_profile(
     return found
 
 
+def table(profile: list[dict[str, Any]]) -> str:
+    """`round_profile` as aligned text, milliseconds of one round of one slice."""
+    scopes = [*SCOPES, "other"]
+    lines = ["milliseconds of a round by what they are spent on, one slice"]
+    lines.append(f"{'strategy':<10}{'rows':>5}{'length':>8}" + "".join(f"{s:>18}" for s in scopes))
+    for entry in profile:
+        spent = entry["milliseconds"]
+        cells = "".join(f"{spent.get(scope, 0.0):>18.3f}" for scope in scopes)
+        lines.append(f"{entry['strategy']:<10}{entry['rows']:>5}{entry['length']:>8}{cells}")
+    return "\n".join(lines)
+
+
 def _undonated(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """A chunk's arguments with copies of those that it donates."""
     target, state, buffer, library, sampler, orders, rows = arguments

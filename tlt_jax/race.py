@@ -1,54 +1,45 @@
-"""Compares rollout modes side by side: same prompts, keys and weights, in one process.
+"""Rollout modes taking turns in one process: same prompts, keys and weights.
 
-    python -m tlt_jax.benchmark --config=configs/quickstart.py --workdir=runs/quickstart
-
-Takes the weights of the run in the workdir if it has ended, else those of its warm start. Every
-mode first runs all batches once, untimed, which gives the tokens to compare. Then timed modes take
-turns. Prints a table, where a round's time goes in plain decoding and in the configured mix, and
-what drafter training on idle slices costs an RL step; writes `benchmark.json`.
+Every mode first runs all batches once, untimed, which gives the tokens to compare. Then timed modes
+take turns, repeat after repeat, each beginning with another one.
 """
 
 import collections
 import dataclasses
-import json
-import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tlt_jax import (
-    chunk,
-    command_line,
-    comparison,
-    drafter,
-    metrics,
-    policy,
-    profiling,
-    rl_step,
-    rollout,
-    setup,
-    sharding,
-    spot_training,
-    step_price,
-    validation,
-    weights,
-)
+from tlt_jax import chunk, comparison, metrics, rl_step, rollout, setup, sharding, spot_training
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.controller import FRESH, Controller
-from tlt_jax.dealing import NO_HISTORY
+from tlt_jax.dealing import NO_HISTORY, LengthHistory
 from tlt_jax.ngram import Library
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
-from tlt_jax.reporting.writers import write_atomically
 from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import Strategy
 
 FIRST_BATCH = 1_000_000  # prompts that training does not reach
-TAIL_SHARE = 4  # the workload of few sequences makes a fourth of the tokens
+EARLIER = 1_000_000  # added to a batch's index: the key of an earlier answer to its prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured: a configuration, its task's prompts, and weights."""
+
+    config: RunConfig
+    prompts: Any  # with random access
+    stop_tokens: tuple[int, ...]
+    target: Any  # policy parameters
+    draft: Any  # drafter parameters
+    frozen: Any  # those of the warm start
+    origin: str  # of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +52,8 @@ class Mode:
     timed: bool = False
     training: bool = False  # idle slices train, at learning rate 0: the price without the gain
     frozen: bool = False  # with the drafter of the warm start, as if it had never been trained
+    informed: bool = False  # knows how long other responses to the same prompts were
+    exact: bool = True  # must have the tokens of plain decoding
 
 
 @dataclasses.dataclass
@@ -76,6 +69,7 @@ class Runner:
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
     controller: Controller = FRESH  # what all passes so far have taught about strategies
+    history: LengthHistory = NO_HISTORY  # what rollouts begin with
 
     def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
         """Drafter state, buffer and library that a rollout begins with and may take."""
@@ -90,7 +84,11 @@ class Runner:
         return jax.block_until_ready((state, buffer, self.programs.empty_library()))
 
     def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
-        """One rollout and its seconds; the next one goes on with what it taught."""
+        """One rollout and its seconds; the next one goes on with what it taught.
+
+        But not with the lengths of responses: prompts come back with the very same ones here, which
+        no run ever sees.
+        """
         state, buffer, library = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
@@ -102,11 +100,10 @@ class Runner:
             key,
             stop_tokens=self.stop_tokens,
             library=library,
-            controller=self.controller,
+            controller=dataclasses.replace(self.controller, history=self.history),
         )
         seconds = time.perf_counter() - start
-        # Without lengths: prompts come back here with the very same responses, which no run sees.
-        self.controller = dataclasses.replace(result.controller, history=NO_HISTORY)
+        self.controller = result.controller
         return result, seconds
 
     def run_untimed(self, prompts: list[np.ndarray], key: jax.Array) -> list[Response]:
@@ -116,41 +113,7 @@ class Runner:
         return result.responses
 
 
-def modes(config: RunConfig, batch: int) -> list[Mode]:
-    """Modes compared on batches of `batch` sequences; the first one is plain decoding."""
-    group = min(config.rollout.group_size, batch)
-    base = dataclasses.replace(
-        config.rollout, prompts_per_step=batch // group, group_size=group, speculate=True
-    )
-    slices = config.mesh.slices
-    fixed = [
-        Mode(strategy, _throughout(base, strategy), slices, timed=True)
-        for strategy in config.benchmark.strategies
-    ]
-    plain = dataclasses.replace(base, speculate=False)
-    compared = [
-        Mode("plain", plain, slices, timed=True),
-        *fixed,
-        Mode("by bucket", base, slices, timed=True),
-        Mode(
-            "bandit", _throughout(base, "plain", *config.benchmark.strategies), slices, timed=True
-        ),
-        Mode("by bucket + idle training", base, slices, timed=slices > 1, training=slices > 1),
-    ]
-    others = [count for count in config.benchmark.other_slices if batch % count == 0]
-    chunked = dataclasses.replace(base, chunk_tokens=config.benchmark.other_chunk_tokens)
-    # One strategy throughout, so that accept lengths compare.
-    deepest = max(config.benchmark.strategies, key=lambda text: Strategy.parse(text).depth)
-    return [
-        *compared,
-        *[Mode(f"plain, {count} slices", plain, count) for count in others],
-        *[Mode(f"by bucket, {count} slices", base, count) for count in others],
-        Mode(f"{deepest}, frozen drafter", _throughout(base, deepest), slices, frozen=True),
-        Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
-    ]
-
-
-def _throughout(base: RolloutConfig, *strategies: str) -> RolloutConfig:
+def throughout(base: RolloutConfig, *strategies: str) -> RolloutConfig:
     """The same strategies in every row bucket, and caches that hold what they write."""
     written = max(Strategy.parse(strategy).written_slots for strategy in strategies)
     lengths = (*base.length_buckets[:-1], max(base.max_length + written, base.length_buckets[-1]))
@@ -158,148 +121,89 @@ def _throughout(base: RolloutConfig, *strategies: str) -> RolloutConfig:
     return dataclasses.replace(base, strategies=arms, length_buckets=lengths)
 
 
-def make_runner(
-    mode: Mode,
-    config: RunConfig,
-    target: Any,
-    draft: Any,
-    stop: tuple[int, ...],
-    pool: ProgramPool,
-) -> Runner:
+def make_runner(mode: Mode, subject: Subject, pool: ProgramPool) -> Runner:
     """Lays out a mode's weights on its mesh; compiles nothing yet.
 
     Modes with the same slices that all draft, or all do not, may share a pool: what else sets
     their programs apart is in the programs' keys.
     """
-    rows = -(-mode.rollout.num_sequences // mode.slices)
-    widest = mode.rollout
-    drafter_config = dataclasses.replace(config.drafter, learning_rate=0.0)
-    if rows > widest.row_buckets[0]:
-        widest = dataclasses.replace(
-            widest,
-            row_buckets=(rows, *widest.row_buckets),
-            strategies=(widest.strategies[0], *widest.strategies),
-        )
-        prices = drafter_config.rounds_per_microbatch
-        drafter_config = dataclasses.replace(
-            drafter_config, rounds_per_microbatch=(prices[0], *prices)
-        )
-    mesh_config = MeshConfig(slices=mode.slices, tensor=config.mesh.tensor)
-    config = dataclasses.replace(config, mesh=mesh_config, rollout=widest, drafter=drafter_config)
+    mesh_config = MeshConfig(slices=mode.slices, tensor=subject.config.mesh.tensor)
+    config = dataclasses.replace(
+        subject.config,
+        mesh=mesh_config,
+        rollout=mode.rollout,
+        drafter=dataclasses.replace(subject.config.drafter, learning_rate=0.0),
+    )
     mesh = sharding.make_mesh(mesh_config)
     programs = RolloutPrograms(
         mesh=mesh,
         policy=config.policy,
-        rollout=widest,
+        rollout=config.rollout,
         drafter=config.drafter,
-        drafting=widest.speculate,
+        drafting=config.rollout.speculate,
         training=mode.training,
         pool=pool,
     )
+    draft = subject.frozen if mode.frozen else subject.draft
     return Runner(
         mode=mode,
         config=config,
         programs=programs,
-        target=rl_step.rollout_layout(mesh, config)(target),
-        draft=draft if widest.speculate else None,
-        stop_tokens=stop,
+        target=rl_step.rollout_layout(mesh, config)(subject.target),
+        draft=draft if config.rollout.speculate else None,
+        stop_tokens=subject.stop_tokens,
     )
 
 
-def make_runners(
-    config: RunConfig, batch: int, target: Any, draft: Any, frozen: Any, stop: tuple[int, ...]
-) -> list[Runner]:
-    """Runners of all modes for batches of `batch` sequences; like modes share their programs."""
+def make_runners(subject: Subject, modes: Sequence[Mode]) -> list[Runner]:
+    """Runners of all modes; like modes share their programs."""
     pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
     return [
-        make_runner(
-            mode,
-            config,
-            target,
-            frozen if mode.frozen else draft,
-            stop,
-            pools[mode.slices, mode.rollout.speculate],
-        )
-        for mode in modes(config, batch)
+        make_runner(mode, subject, pools[mode.slices, mode.rollout.speculate]) for mode in modes
     ]
 
 
-def load_weights(config: RunConfig, workdir: pathlib.Path) -> tuple[Any, Any, str]:
-    """Policy and drafter parameters of the workdir's run or of the warm start, and which."""
-    path = workdir / "policy.safetensors"
-    if not path.exists():
-        origin = config.warm_start_dir or "random initial weights"
-        return setup.initial_policy(config), setup.initial_drafter(config), origin
-    dtype = config.policy.dtype
-    draft_specs = drafter.param_specs(config.policy, config.drafter)
-    return (
-        weights.load(path, policy.param_specs(config.policy), dtype=dtype),
-        weights.load(workdir / "drafter" / "drafter.safetensors", draft_specs, dtype=dtype),
-        str(workdir),
-    )
+def race(subject: Subject, runners: Sequence[Runner], min_tokens: int) -> dict[str, Any]:
+    """Runs all modes on batches of the same sequences and gathers their rows.
 
-
-def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
-    """Both workloads; returns what is written to `benchmark.json`."""
-    task, prompts = setup.load_task(config)
-    target, draft, origin = load_weights(config, workdir)
-    print(f"weights: {origin}", flush=True)
-    frozen = setup.initial_drafter(config)
-    stop = (task.tokenizer.eos_id,)
-    wanted = {config.rollout.num_sequences: config.benchmark.min_tokens}
-    wanted.setdefault(config.benchmark.small_batch, config.benchmark.min_tokens // TAIL_SHARE)
-    workloads: list[dict[str, Any]] = []
-    profile: list[dict[str, Any]] = []
-    for batch, min_tokens in wanted.items():
-        runners = make_runners(config, batch, target, draft, frozen, stop)
-        workloads.append(compare(config, runners, prompts, batch, min_tokens))
-        print(table(workloads[-1]), flush=True)
-        if len(workloads) == 1:
-            profile = [entry for runner in runners for entry in round_profile(runner)]
-            print(profile_table(profile), flush=True)
-        del runners  # and their programs: a process may hold only so many compiled for CPU
-    price = None
-    if config.mesh.slices > 1:
-        price = step_price.measure(config, target, draft)
-        print(step_price.sentence(price), flush=True)
-    results = {
-        "weights": origin,
-        "repeats": config.benchmark.repeats,
-        "workloads": workloads,
-        "profile": profile,
-        "step_price": price,
-    }
-    write_atomically(workdir / "benchmark.json", (json.dumps(results, indent=2) + "\n").encode())
-    return results
-
-
-def compare(
-    config: RunConfig, runners: list[Runner], prompts: Any, batch: int, min_tokens: int
-) -> dict[str, Any]:
-    """Runs all modes on batches of `batch` sequences and gathers their rows.
-
-    Batches are drawn until plain decoding, the first runner, has made `min_tokens` tokens.
+    Batches are drawn until the first runner, plain decoding, has made `min_tokens` tokens.
     Programs that only untimed modes use are dropped as soon as their tokens have been compared.
     """
-    runners[0].programs.warm_up(runners[0].target, *runners[0].beginning())
+    plain = runners[0]
+    plain.programs.warm_up(plain.target, *plain.beginning())
     batches: list[tuple[list[np.ndarray], jax.Array]] = []
     expected: list[list[Response]] = []
     tokens = 0
     while tokens < min_tokens:
-        index = len(batches)
-        batches.append(draw_batch(runners[0].mode.rollout, prompts, config.seed, index))
-        expected.append(runners[0].run_untimed(*batches[-1]))
+        batches.append(draw_batch(subject, plain.mode.rollout, len(batches)))
+        expected.append(plain.run_untimed(*batches[-1]))
         tokens += sum(len(response.response) for response in expected[-1])
     timed = [runner for runner in runners if runner.mode.timed]
     kept = [runner.programs.pool for runner in timed]
-    parted: dict[str, list[comparison.Parting]] = {runners[0].mode.name: []}
+    rows = [mode_row(plain, tokens, [])]
     for runner in runners[1:]:
         runner.programs.warm_up(runner.target, *runner.beginning())
-        parted[runner.mode.name] = check_mode(config, runner, batches, expected)
-        print(f"  {runner.mode.name}: {len(parted[runner.mode.name])} mismatches", flush=True)
+        rows.append(compare(subject, runner, batches, expected))
+        print(f"  {runner.mode.name}: {rows[-1]['mismatches']} mismatches", flush=True)
         if not any(runner.programs.pool is pool for pool in kept):
             runner.programs.pool.clear()
-    for repeat in range(config.benchmark.repeats):
+    take_turns(timed, batches, subject.config.benchmark.repeats)
+    rows = [
+        row | timing(runner, row, plain, tokens) for runner, row in zip(runners, rows, strict=True)
+    ]
+    return {
+        "batch": plain.mode.rollout.num_sequences,
+        "batches": len(batches),
+        "tokens": tokens,
+        "modes": rows,
+    }
+
+
+def take_turns(
+    timed: Sequence[Runner], batches: Sequence[tuple[list[np.ndarray], jax.Array]], repeats: int
+) -> None:
+    """Runs all batches `repeats` times in every mode, batch by batch, and notes the seconds."""
+    for repeat in range(repeats):
         first = repeat % len(timed)
         totals = dict.fromkeys(range(len(timed)), 0.0)
         for drawn in batches:
@@ -307,91 +211,84 @@ def compare(
                 totals[place] += timed[place].run(*drawn)[1]
         for place, seconds in totals.items():
             timed[place].seconds.append(seconds)
-    rows = [mode_row(runner, tokens, runners[0], parted[runner.mode.name]) for runner in runners]
-    return {"batch": batch, "batches": len(batches), "tokens": tokens, "modes": rows}
 
 
 def draw_batch(
-    shape: RolloutConfig, prompts: Any, seed: int, index: int
+    subject: Subject, shape: RolloutConfig, index: int
 ) -> tuple[list[np.ndarray], jax.Array]:
     """Prompts, each repeated for its group, and the key of one batch."""
     first = FIRST_BATCH + index * shape.prompts_per_step
-    drawn = [prompts[first + i]["prompt_ids"] for i in range(shape.prompts_per_step)]
+    drawn = [subject.prompts[first + i]["prompt_ids"] for i in range(shape.prompts_per_step)]
     asked = [prompt for prompt in drawn for _ in range(shape.group_size)]
-    return asked, jax.random.fold_in(jax.random.key(seed), FIRST_BATCH + index)
+    return asked, _key(subject, index)
 
 
-def check_mode(
-    config: RunConfig,
+def _key(subject: Subject, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(subject.config.seed), FIRST_BATCH + index)
+
+
+def compare(
+    subject: Subject,
     runner: Runner,
-    batches: list[tuple[list[np.ndarray], jax.Array]],
-    expected: list[list[Response]],
-) -> list[comparison.Parting]:
-    """Runs a mode untimed on all batches; returns where its tokens part from the expected."""
-    found = []
+    batches: Sequence[tuple[list[np.ndarray], jax.Array]],
+    expected: Sequence[list[Response]],
+) -> dict[str, Any]:
+    """Runs a mode untimed on all batches; its row, with where its tokens part from the expected."""
+    if runner.mode.informed:
+        for index, (prompts, _) in enumerate(batches):
+            earlier, _ = runner.run(prompts, _key(subject, EARLIER + index))
+            lengths = {**runner.history.lengths, **earlier.controller.history.lengths}
+            runner.history = LengthHistory(lengths)
+    parted, tokens, config = [], 0, subject.config
     for (prompts, key), wanted in zip(batches, expected, strict=True):
         responses = runner.run_untimed(prompts, key)
-        found += comparison.partings(
-            runner.target,
-            config.policy,
-            runner.programs.sampler(key, runner.stop_tokens),
-            wanted,
-            responses,
-            near_tie=config.benchmark.near_tie,
-            row_length=config.rollout.length_buckets[-1],
-        )
-    return found
+        tokens += sum(len(response.response) for response in responses)
+        if runner.mode.exact:
+            parted += comparison.partings(
+                runner.target,
+                config.policy,
+                runner.programs.sampler(key, runner.stop_tokens),
+                wanted,
+                responses,
+                near_tie=config.benchmark.near_tie,
+                row_length=config.rollout.length_buckets[-1],
+            )
+    return mode_row(runner, tokens, parted)
 
 
-def round_profile(runner: Runner) -> list[dict[str, Any]]:
-    """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
-    if runner.mode.name not in ("plain", "by bucket"):
-        return []
-    state, _, _ = runner.beginning()
-    return profiling.round_profile(runner.programs, runner.target, state)
-
-
-def profile_table(profile: list[dict[str, Any]]) -> str:
-    """`round_profile` as aligned text, milliseconds of one round of one slice."""
-    scopes = [*profiling.SCOPES, "other"]
-    lines = ["milliseconds of a round by what they are spent on, one slice"]
-    lines.append(f"{'strategy':<10}{'rows':>5}{'length':>8}" + "".join(f"{s:>18}" for s in scopes))
-    for entry in profile:
-        spent = entry["milliseconds"]
-        cells = "".join(f"{spent.get(scope, 0.0):>18.3f}" for scope in scopes)
-        lines.append(f"{entry['strategy']:<10}{entry['rows']:>5}{entry['length']:>8}{cells}")
-    return "\n".join(lines)
-
-
-def mode_row(
-    runner: Runner, tokens: int, plain: Runner, parted: list[comparison.Parting]
-) -> dict[str, Any]:
-    """A mode's row of `benchmark.json`; times are None for modes that were only compared."""
-    row: dict[str, Any] = {
+def mode_row(runner: Runner, tokens: int, parted: Sequence[comparison.Parting]) -> dict[str, Any]:
+    """What the untimed pass of a mode has shown; times are None until it has been timed."""
+    counted = runner.mode.exact
+    return {
         "mode": runner.mode.name,
         "slices": runner.mode.slices,
         "tokens": tokens,
         "rounds": sum(max(record.rounds_run) for record in runner.chunks),
         "accept_length": metrics.accept_length(runner.chunks),
         "accept_by_position": metrics.accept_by_position(runner.chunks),
-        "mismatches": len(parted),
-        "explained_mismatches": sum(parting.explained for parting in parted),
+        "mismatches": len(parted) if counted else None,
+        "explained_mismatches": sum(p.explained for p in parted) if counted else None,
         "partings": [dataclasses.asdict(parting) for parting in parted],
         "microbatches": sum(sum(record.microbatches) for record in runner.chunks),
         "seconds": None,
     }
-    if runner.seconds:
-        speedups = [p / s for p, s in zip(plain.seconds, runner.seconds, strict=True)]
-        median = float(np.median(runner.seconds))
-        row |= {
-            "seconds": median,
-            "seconds_all": runner.seconds,
-            "tokens_per_second": tokens / median,
-            "speedup": float(np.median(speedups)),
-            "speedup_min": min(speedups),
-            "speedup_max": max(speedups),
-        }
-    return row
+
+
+def timing(runner: Runner, row: dict[str, Any], plain: Runner, tokens: int) -> dict[str, Any]:
+    """A timed mode's entries; speed-ups are ratios of tokens per second of the same repeat."""
+    if not runner.seconds:
+        return {}
+    share = row["tokens"] / tokens  # not 1 where tokens may differ from those of plain decoding
+    speedups = [share * p / s for p, s in zip(plain.seconds, runner.seconds, strict=True)]
+    median = float(np.median(runner.seconds))
+    return {
+        "seconds": median,
+        "seconds_all": runner.seconds,
+        "tokens_per_second": row["tokens"] / median,
+        "speedup": float(np.median(speedups)),
+        "speedup_min": min(speedups),
+        "speedup_max": max(speedups),
+    }
 
 
 def table(workload: dict[str, Any]) -> str:
@@ -409,20 +306,10 @@ def table(workload: dict[str, Any]) -> str:
             timing = f"{row['seconds']:>9.2f}{row['tokens_per_second']:>10.0f}{spread:>22}"
         lines.append(
             f"{row['mode']:<28}{timing}{row['accept_length']:>8.2f}{row['rounds']:>8}"
-            f"{row['mismatches']:>12}{row['explained_mismatches']:>11}"
+            f"{_count(row['mismatches']):>12}{_count(row['explained_mismatches']):>11}"
         )
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    config, workdir = command_line.start(
-        argv, slices=lambda config: max([config.mesh.slices, *config.benchmark.other_slices])
-    )
-    validation.validate_benchmark(config)
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
-    benchmark(config, workdir)
-    print(f"wrote {workdir / 'benchmark.json'}", flush=True)
-
-
-if __name__ == "__main__":
-    command_line.run(main)
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)

@@ -31,7 +31,7 @@ from tlt_jax.reporting.timeline import (
 from tlt_jax.reporting.writers import Record
 from tlt_jax.types import UserError
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -78,13 +78,13 @@ def write_all(workdir: str | os.PathLike[str]) -> list[Path]:
     paths = []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             draw(run).savefig(path)
         paths.append(path)
     return paths
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def overview(run: Run) -> Figure:
     """One wide picture: reward, accept length and response lengths above one rollout's slices."""
     figure = Figure(figsize=(10.5, 5.8))
@@ -109,7 +109,7 @@ def _telling(timelines: Sequence[StepTimeline]) -> Sequence[StepTimeline]:
     return timelines[: trained[-1] + 1] if trained else timelines
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def slice_timeline(
     run: Run, *, steps: Sequence[int] | None = None, zoom: int | None = None
 ) -> Figure:
@@ -144,7 +144,7 @@ def slice_timeline(
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def live_sequences(run: Run) -> Figure:
     """Live sequences of all slices over time, in the first and the last step."""
     figure = Figure(figsize=(6.4, 3.8))
@@ -166,7 +166,7 @@ def live_sequences(run: Run) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def response_lengths(run: Run) -> Figure:
     """Share of responses at least so long, in the first and the last steps."""
     figure = Figure(figsize=(6.4, 4.2))
@@ -174,7 +174,7 @@ def response_lengths(run: Run) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def reward_by_step(run: Run) -> Figure:
     """Mean reward of each step."""
     figure = Figure(figsize=(6.4, 3.8))
@@ -182,7 +182,7 @@ def reward_by_step(run: Run) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def accept_by_step(run: Run) -> Figure:
     """Accept length of each step, and acceptance by draft position in the first and last steps."""
     figure = Figure(figsize=(10.5, 3.8))

@@ -6,11 +6,13 @@ written as Python's `NaN` and `Infinity`, so that a broken number is never taken
 (`null`).
 """
 
+import csv
+import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -146,6 +148,19 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Record]) -> None:
+    """Writes records as comma-separated values; what one lacks stays empty.
+
+    Columns come in the order in which the records name them first.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 class TensorboardWriter:

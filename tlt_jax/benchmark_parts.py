@@ -1,0 +1,183 @@
+"""What the benchmark can measure, part by part: which modes race, and what else is looked at."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tlt_jax import pool_price, profiling, step_price
+from tlt_jax.config import RolloutConfig, RunConfig
+from tlt_jax.race import Mode, Runner, Subject, make_runners, race, throughout
+from tlt_jax.types import Strategy
+
+SMALL_SHARE = 4  # the workload of few sequences, and each of the grid, makes a fourth of the tokens
+QUEUE = 4  # sequences for each slot
+
+
+def modes(config: RunConfig, batch: int) -> list[Mode]:
+    """Modes compared on batches of `batch` sequences; the first one is plain decoding."""
+    base = _sized(config, batch)
+    slices = config.mesh.slices
+    plain = dataclasses.replace(base, speculate=False)
+    fixed = [
+        Mode(strategy, throughout(base, strategy), slices, timed=True)
+        for strategy in config.benchmark.strategies
+    ]
+    compared = [
+        Mode("plain", plain, slices, timed=True),
+        *fixed,
+        Mode("by bucket", base, slices, timed=True),
+        _bandit(config, base),
+        Mode("by bucket + idle training", base, slices, timed=slices > 1, training=slices > 1),
+    ]
+    others = [count for count in config.benchmark.other_slices if batch % count == 0]
+    chunked = dataclasses.replace(base, chunk_tokens=config.benchmark.other_chunk_tokens)
+    # One strategy throughout, so that accept lengths compare.
+    deepest = max(config.benchmark.strategies, key=lambda text: Strategy.parse(text).depth)
+    return [
+        *compared,
+        *[Mode(f"plain, {count} slices", plain, count) for count in others],
+        *[Mode(f"by bucket, {count} slices", base, count) for count in others],
+        Mode(f"{deepest}, frozen drafter", throughout(base, deepest), slices, frozen=True),
+        Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
+    ]
+
+
+def queue_modes(config: RunConfig) -> list[Mode]:
+    """Modes with `QUEUE` times as many sequences as a step has, and no more slots."""
+    base, slices = _sized(config, QUEUE * config.rollout.num_sequences), config.mesh.slices
+    plain = dataclasses.replace(base, speculate=False)
+    return [
+        Mode("plain", plain, slices, timed=True),
+        *[
+            Mode(strategy, throughout(base, strategy), slices, timed=True)
+            for strategy in config.benchmark.strategies
+        ],
+        Mode("by bucket", base, slices, timed=True),
+        _bandit(config, base),
+        Mode("by bucket, no refill", dataclasses.replace(base, refill=False), slices, timed=True),
+        Mode("by bucket, lengths known", base, slices, timed=True, informed=True),
+    ]
+
+
+def grid_modes(config: RunConfig, rows: int) -> list[Mode]:
+    """Every strategy of the grid in slots of `rows` rows per slice that are refilled."""
+    base = dataclasses.replace(
+        _sized(config, QUEUE * rows * config.mesh.slices),
+        row_buckets=(rows,),
+        strategies=("plain",),
+        length_buckets=config.rollout.length_buckets[-1:],
+    )
+    plain = dataclasses.replace(base, speculate=False)
+    return [
+        Mode("plain", plain, config.mesh.slices, timed=True),
+        *[
+            Mode(strategy, throughout(base, strategy), config.mesh.slices, timed=True)
+            for strategy in config.benchmark.grid_strategies
+        ],
+    ]
+
+
+def draft_modes(config: RunConfig, temperature: float) -> list[Mode]:
+    """Ways to draft and to verify the same strategies."""
+    base = dataclasses.replace(
+        _sized(config, config.rollout.num_sequences), temperature=temperature
+    )
+    found = [Mode("plain", dataclasses.replace(base, speculate=False), config.mesh.slices, True)]
+    for strategy in config.benchmark.draft_strategies:
+        coupled = throughout(base, strategy)
+        likely = dataclasses.replace(coupled, shared_noise=False)
+        rejecting = dataclasses.replace(coupled, verification="rejection")
+        found += [
+            Mode(strategy, coupled, config.mesh.slices, timed=True),
+            Mode(f"{strategy}, most likely", likely, config.mesh.slices, timed=True),
+            Mode(f"{strategy}, rejection", rejecting, config.mesh.slices, timed=True, exact=False),
+        ]
+    return found
+
+
+def _sized(config: RunConfig, batch: int) -> RolloutConfig:
+    """A speculative rollout of `batch` sequences."""
+    group = min(config.rollout.group_size, batch)
+    return dataclasses.replace(
+        config.rollout,
+        prompts_per_step=batch // group,
+        group_size=group,
+        library_texts=max(batch, config.rollout.library_texts),
+        speculate=True,
+    )
+
+
+def _bandit(config: RunConfig, base: RolloutConfig) -> Mode:
+    arms = throughout(base, "plain", *config.benchmark.strategies)
+    return Mode("bandit", arms, config.mesh.slices, timed=True)
+
+
+def batch(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Batches of a step's size, and the profile of a round."""
+    config = subject.config
+    runners = make_runners(subject, modes(config, config.rollout.num_sequences))
+    yield race(subject, runners, config.benchmark.min_tokens)
+    yield {"profile": [entry for runner in runners for entry in _round_profile(runner)]}
+
+
+def tail(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Few sequences."""
+    config = subject.config.benchmark
+    runners = make_runners(subject, modes(subject.config, config.small_batch))
+    yield race(subject, runners, config.min_tokens // SMALL_SHARE)
+
+
+def training(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Whole RL steps with idle slices training and resting."""
+    if subject.config.mesh.slices > 1:
+        price = step_price.measure(subject.config, subject.target, subject.draft)
+        yield {"step_price": price}
+
+
+def queue(subject: Subject) -> Iterator[dict[str, Any]]:
+    """More sequences than slots."""
+    config = subject.config
+    yield race(subject, make_runners(subject, queue_modes(config)), config.benchmark.min_tokens)
+
+
+def grid(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Strategies by live rows."""
+    config = subject.config
+    for rows in config.benchmark.grid_rows:
+        runners = make_runners(subject, grid_modes(config, rows))
+        found = race(subject, runners, config.benchmark.min_tokens // SMALL_SHARE)
+        yield found | {"rows": rows}
+
+
+def drafts(subject: Subject) -> Iterator[dict[str, Any]]:
+    """How to draft and how to verify, at each temperature."""
+    config = subject.config
+    for temperature in config.benchmark.temperatures:
+        runners = make_runners(subject, draft_modes(config, temperature))
+        found = race(subject, runners, config.benchmark.min_tokens // SMALL_SHARE)
+        yield found | {"temperature": temperature}
+
+
+def memory(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Memory and compile time of pools of programs."""
+    yield {"pools": pool_price.measure(subject)}
+
+
+PARTS: dict[str, Callable[[Subject], Iterator[dict[str, Any]]]] = {
+    "batch": batch,
+    "tail": tail,
+    "training": training,
+    "queue": queue,
+    "grid": grid,
+    "drafts": drafts,
+    "memory": memory,
+}
+"""What can be measured. Each yields its findings one by one: races, or other tables."""
+
+
+def _round_profile(runner: Runner) -> list[dict[str, Any]]:
+    """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
+    if runner.mode.name not in ("plain", "by bucket"):
+        return []
+    state, _, _ = runner.beginning()
+    return profiling.round_profile(runner.programs, runner.target, state)
