@@ -23,8 +23,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 ).strip()
 
-# What one process has compiled the others need not, nor does the next run: most test modules use the
-# programs of `toy_engine`.
+# What one process has compiled the others need not, nor does the next run: most test modules use
+# the programs of `toy_engine`.
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_compilation_cache_max_size", 2**31)

@@ -54,6 +54,44 @@ def test_without_exploration_nothing_is_explored():
         assert least <= explored <= most
 
 
+def test_what_is_new_and_may_be_good_is_tried_at_once():
+    """In the order of the cost model, and not at all without exploration."""
+    _, taken = _play(lambda _: dict.fromkeys(ARMS, 1.0), choices=3, epsilon=1e-9)
+    rates = {arm: MODEL.rate(4, arm) for arm in ARMS}
+    wanted = sorted(ARMS, key=lambda arm: -rates[arm])[:3]
+    assert rates[wanted[-1]] >= rates[wanted[0]] / 2 and taken == wanted
+    hopeless = CostModel(layers=32, free_tokens=1e-3)
+    bandit = bandit_lib.update(Bandit(), 4, PLAIN, 1.0, accept_length=1.0)
+    select = functools.partial(bandit_lib.select, bandit, 4, (PLAIN, LONG), epsilon=1e-9)
+    assert select(model=hopeless)[1:] == (PLAIN, "best")
+    assert select(model=MODEL)[2] == "explored"
+    assert select(model=MODEL, broken=("trained", "n-gram"))[1:] == (PLAIN, "best")
+
+
+def test_what_is_new_in_a_bucket_is_rated_by_the_nearest_one():
+    """In proportion to what both know; the farther bucket says the opposite."""
+    bandit = Bandit()
+    given = [(8, PLAIN, 10.0), (8, LONG, 30.0), (1, PLAIN, 1.0), (1, LONG, 0.5), (4, PLAIN, 8.0)]
+    for rows, arm, reward in given:
+        bandit = bandit_lib.update(bandit, rows, arm, reward, accept_length=1.0)
+    rated = bandit_lib.ratings(bandit, 4, ARMS, MODEL)
+    assert (rated[PLAIN], rated[LONG]) == (8.0, 24.0)
+    assert rated[SHORT] == pytest.approx(8.0 * MODEL.rate(4, SHORT) / MODEL.rate(4, PLAIN))
+
+
+def test_a_broken_drafter_is_only_explored():
+    bandit, _ = _play(lambda _: {PLAIN: 1.0, SHORT: 2.0, LONG: 9.0, NGRAM: 1.5}, choices=60)
+    select = functools.partial(bandit_lib.select, bandit, 4, ARMS, model=MODEL)
+    assert select(epsilon=0.0)[1] == LONG
+    assert select(epsilon=0.0, broken=("trained",))[1] == NGRAM
+    assert select(epsilon=0.0, broken=("trained", "n-gram"))[1] == PLAIN
+    drafting = (SHORT, LONG)
+    _, arm, _ = bandit_lib.select(
+        bandit, 4, drafting, model=MODEL, epsilon=0.0, broken=("trained",)
+    )
+    assert arm == LONG
+
+
 def test_exploration_takes_the_arm_that_was_not_tried_for_longest():
     _, taken = _play(lambda _: dict.fromkeys(ARMS, 1.0), choices=40, epsilon=1.0)
     for first in range(0, 40, 4):

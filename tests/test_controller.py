@@ -56,5 +56,5 @@ def test_estimates_come_to_what_is_measured(error):
 def test_a_record_is_json_and_comes_back():
     tried = bandit.update(bandit.UNTRIED, 4, Strategy(2), 9.5, accept_length=2.5)
     history = dealing.remember(dealing.NO_HISTORY, [(7, 30), (8, 12)])
-    state = Controller(0.25, (0.1, -0.3), tried, ("chain-2",), history)
+    state = Controller(0.25, (0.1, -0.3), tried, ("trained",), history)
     assert Controller.from_record(json.loads(json.dumps(state.to_record()))) == state

@@ -37,6 +37,8 @@ def _check(programs, draft):
         "ngram",
         "ngram chain",
         "queue",
+        "plain queue",
+        "ngram queue on tensor",
     ],
 )
 def test_strategies_and_meshes_give_the_same_tokens(name):
@@ -53,6 +55,8 @@ def test_strategies_and_meshes_give_the_same_tokens(name):
         "ngram": {"ngram-3-2-6", "chain-4"},
         "ngram chain": {"ngram-4"},
         "queue": {"chain-2"},
+        "plain queue": {"plain"},
+        "ngram queue on tensor": {"ngram-3-2-6"},
     }
     programs = toy_engine.engine(name)
     chunks = _check(programs, toy_engine.random_drafter())

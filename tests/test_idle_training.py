@@ -58,8 +58,8 @@ def test_idle_slices_train_to_the_end_of_the_tail(name, by_slice):
         version += any(record.microbatches)
         trained += any(record.microbatches)
     assert trained >= 3, "the tail is too short to say anything"
-    assert int(result.drafter_state.version) == version
-    toy_engine.assert_same_on_all_devices(result.drafter_state)
+    assert int(result.carry.drafter.version) == version
+    toy_engine.assert_same_on_all_devices(result.carry.drafter)
 
     # Slices joined in the order in which their longest sequences ended.
     first = [
@@ -101,9 +101,9 @@ def test_nothing_is_trained_while_every_slice_is_busy():
     result = toy_engine.roll(programs, MODELS, asked)
     assert not any(kind.training for kind in programs.kinds)
     before = toy_engine.drafter_state(programs, MODELS[1])
-    jax.tree.map(np.testing.assert_array_equal, result.drafter_state, before)
+    jax.tree.map(np.testing.assert_array_equal, result.carry.drafter, before)
     assert all(record.roles == ["ROLLOUT"] * 2 for record in result.chunks)
-    assert result.buffer.segments.tolist() == [4, 4]
+    assert result.carry.buffer.segments.tolist() == [4, 4]
 
 
 def test_idle_slices_rest_where_training_is_off():
@@ -111,7 +111,7 @@ def test_idle_slices_rest_where_training_is_off():
     asked = toy_engine.counting_prompts(*_lengths([[3, 2, 1, 4], [30, 4, 4, 3]]))
     result = toy_engine.roll(programs, MODELS, asked)
     assert {role for record in result.chunks for role in record.roles} == {"ROLLOUT", "IDLE"}
-    assert result.buffer is None and int(result.drafter_state.version) == 0
+    assert result.carry.buffer is None and int(result.carry.drafter.version) == 0
 
 
 def test_the_next_rollout_goes_on_with_drafter_and_buffer():
@@ -119,43 +119,40 @@ def test_the_next_rollout_goes_on_with_drafter_and_buffer():
     programs = toy_engine.engine("main").having(temperature=0.0, chunk_tokens=24)
     asked = toy_engine.counting_prompts(*_lengths([[3, 2, 1, 4], [30, 4, 4, 3]]))
     first = toy_engine.roll(programs, MODELS, asked)
-    version = int(first.drafter_state.version)
+    version = int(first.carry.drafter.version)
     second = toy_engine.rollout.run(
         programs,
         toy_engine.place(programs, MODELS[0]),
-        first.drafter_state,
-        first.buffer,
+        first.carry,
         asked,
         jax.random.key(1),
         stop_tokens=(toy_engine.STOP,),
     )
     assert second.chunks[0].drafter_version == version > 0
-    assert int(second.drafter_state.version) > version
-    assert second.buffer.segments.tolist() == [8, 8]
+    assert int(second.carry.drafter.version) > version
+    assert second.carry.buffer.segments.tolist() == [8, 8]
 
 
 def test_a_drafter_that_learns_is_accepted_more():
     """Counting is easy to learn: twelve rollouts of short tails do."""
     programs = toy_engine.engine("main").having(temperature=0.0, chunk_tokens=24)
-    state = toy_engine.drafter_state(programs, MODELS[1])
-    buffer, target = toy_engine.buffers(programs), toy_engine.place(programs, MODELS[0])
+    carry, target = toy_engine.carry(programs, MODELS[1]), toy_engine.place(programs, MODELS[0])
     rates = []
     for step in range(12):
         lengths = _lengths([[3, 2, 1, 4], [30 - step, 24, 20, 28]])
         asked = toy_engine.counting_prompts(*lengths)
         result = toy_engine.rollout.run(
-            programs, target, state, buffer, asked, jax.random.key(step), stop_tokens=(NEVER,)
+            programs, target, carry, asked, jax.random.key(step), stop_tokens=(NEVER,)
         )
         result = toy_engine.rollout.run(
             programs,
             target,
-            result.drafter_state,
-            result.buffer,
+            result.carry,
             asked,
             jax.random.key(step),
             stop_tokens=(toy_engine.STOP,),
         )
-        state, buffer = result.drafter_state, result.buffer
+        carry = result.carry
         hits = sum(record.accepted[0] for record in result.chunks)
         rates.append(hits / sum(sum(record.row_rounds) for record in result.chunks))
     assert rates[0] < 0.3 and rates[-1] > 0.6, rates
@@ -191,8 +188,8 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
             assert last.rounds_run == [0] and last.draft_loss is not None
             versions += 1
         credit -= microbatches
-        left = result.controller.idle_credit
+        left = result.carry.controller.idle_credit
         assert left == pytest.approx(credit) and 0 <= left < 1
-        assert int(result.drafter_state.version) == bought
+        assert int(result.carry.drafter.version) == bought
     if share == 0.5:
         assert versions >= 2

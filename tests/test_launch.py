@@ -15,6 +15,8 @@ import tomllib
 
 import pytest
 
+from tlt_jax.benchmark_parts import PARTS
+
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((REPO / "launch").glob("*.sh")), REPO / ".ci" / "run"]
 PYTEST = "pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
@@ -301,11 +303,14 @@ def test_a_gpu_machine_is_checked_from_tests_to_benchmark(sandbox):
     assert result.returncode == 0, result.stderr
     assert "requirements-gpu.txt" in sandbox.installed()
     given = f"--config=configs/quickstart.py:gpu --workdir={sandbox.elsewhere}/mine"
-    assert sandbox.calls("-m (pytest|tlt_jax)") == [
-        "python -m pytest",
-        f"python -m tlt_jax.train {given} --config.num_steps=2",
-        f"python -m tlt_jax.benchmark {given} --config.num_steps=2",
-    ]
+    tests, training, benchmark = sandbox.calls("-m (pytest|tlt_jax)")
+    assert tests == "python -m pytest"
+    assert training == f"python -m tlt_jax.train {given} --config.num_steps=2"
+    start, parts, end = re.split(r"--config.benchmark.parts=\((.*)\) ", benchmark)
+    assert start + end == f"python -m tlt_jax.benchmark {given} --config.num_steps=2"
+    # Training on idle slices takes two slices, and this is one device.
+    named = {name.strip("'") for name in parts.split(",")}
+    assert named == set(PARTS) - {"training"}
 
 
 def test_a_machine_without_a_gpu_is_told_before_anything_is_installed(sandbox):

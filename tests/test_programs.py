@@ -130,7 +130,7 @@ def test_sampler_and_orders_are_data_on_every_device():
         ("plain", 3 + 2 + 2 + 1),
         ("one slice", 2 + 1),
         ("plain, then chains", 2 + 1 + 1),
-        ("queue", 2 + 1 + 1 + 2),  # the last for refilling caches of either length
+        ("queue", 2 * 2 + 1 + 1 + 2),  # the last for refilling caches of either length
     ],
 )
 def test_warming_up_compiles_what_a_rollout_can_need(name, count):
@@ -144,17 +144,14 @@ def test_after_warming_up_a_rollout_compiles_nothing(name):
     models = toy_engine.counting()[0], toy_engine.random_drafter()
     lengths = (30, 1, 2, 3, 4, 5, 6, 7)
     toy_engine.roll(programs, models, toy_engine.counting_prompts(*lengths))
-    arguments = (
-        toy_engine.place(programs, models[0]),
-        toy_engine.drafter_state(programs, models[1]),
-        toy_engine.buffers(programs),
-    )
+    target, carry = toy_engine.place(programs, models[0]), toy_engine.carry(programs, models[1])
     asked, key = toy_engine.counting_prompts(*reversed(lengths)), jax.random.key(8)
     compiled = programs.pool.compiled
     with toy_engine.compilations() as found:
         toy_engine.rollout.run(
             programs.having(temperature=0.5, chunk_tokens=10),
-            *arguments,
+            target,
+            carry,
             asked,
             key,
             stop_tokens=(toy_engine.STOP,),

@@ -13,7 +13,6 @@ from toy_engine import DRAFTER, ROLLOUT, SHAPE, STOP
 
 from tlt_jax import learner, rl_step, setup
 from tlt_jax.config import LearnerConfig, MeshConfig, RunConfig
-from tlt_jax.controller import FRESH
 from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.tasks.task import Task
 from tlt_jax.tasks.tokenizer import VOCABULARY, Tokenizer
@@ -67,10 +66,7 @@ def _first_state(machinery):
         learner=learner.init_state(programs.mesh, SHAPE, machinery.tx, params),
         reference=jax.tree.map(lambda x: x.copy(), params),
         rollout_params=params,
-        drafter=toy_engine.drafter_state(programs, toy_engine.random_drafter()),
-        buffer=toy_engine.buffers(programs),
-        library=programs.empty_library(),
-        controller=FRESH,
+        carry=toy_engine.carry(programs, toy_engine.random_drafter()),
     )
 
 
@@ -171,8 +167,8 @@ def test_a_step_moves_the_state_on(outcomes):
     assert int(last.learner.step) == len(outcomes)
     jax.tree.map(np.testing.assert_array_equal, last.rollout_params, last.learner.params)
     versions = [outcome.row["drafter_version"] for outcome in outcomes]
-    assert versions == sorted(versions) and int(last.drafter.version) > 0
-    assert last.buffer.segments.tolist() == [12, 12]
+    assert versions == sorted(versions) and int(last.carry.drafter.version) > 0
+    assert last.carry.buffer.segments.tolist() == [12, 12]
 
 
 def test_the_reference_stays_the_first_policy(outcomes):
@@ -246,8 +242,8 @@ def test_one_slice_steps_and_carries_its_credit():
         rounds = sum(r.rounds_run[0] for r in outcome.chunks)
         bought = sum(r.microbatches[0] for r in outcome.chunks)
         credit += 0.1 * rounds / DRAFTER.rounds_per_microbatch[0] - bought
-        assert outcome.state.controller.idle_credit == pytest.approx(credit) and credit >= 0
-    assert int(outcomes[-1].state.drafter.version) >= 1
+        assert outcome.state.carry.controller.idle_credit == pytest.approx(credit) and credit >= 0
+    assert int(outcomes[-1].state.carry.drafter.version) >= 1
 
 
 def test_the_policy_learns_what_is_rewarded(machinery):

@@ -121,7 +121,7 @@ def test_trees_are_calibrated_from_chunk_to_chunk_and_rollout_to_rollout():
             assert len(record.expected) == len(record.accepted) <= 3
             rounds = sum(record.row_rounds)
             expected = calibrate(expected, rounds, record.accepted, record.expected)
-        assert result.controller.log_sharpness == expected.log_sharpness
+        assert result.carry.controller.log_sharpness == expected.log_sharpness
         assert expected.log_sharpness != controller.log_sharpness
         controller = expected
         estimate = sum(record.expected[0] for record in result.chunks)
@@ -136,12 +136,14 @@ def test_the_ngram_drafter_knows_the_responses_of_the_rollout_before():
     models = toy_engine.random_policy(), toy_engine.random_drafter()
     asked = toy_engine.prompts(8)
     first = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,))
-    assert first.library.added == 8
-    library = jax.device_get(first.library)
+    assert first.carry.library.added == 8
+    library = jax.device_get(first.carry.library)
     pairs = zip(library.tokens, library.lengths, strict=True)
     stored = {tuple(tokens[:length]) for tokens, length in pairs if length}
     assert stored == {tuple(tokens) for tokens in toy_engine.tokens_of(first)}
-    second = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,), library=first.library)
+    second = toy_engine.roll(
+        programs, models, asked, stop_tokens=(NEVER,), library=first.carry.library
+    )
     lengths = [metrics.accept_length(result.chunks) for result in (first, second)]
     assert lengths[0] < 4 < lengths[1], lengths
 
@@ -157,17 +159,19 @@ def test_the_bandit_learns_what_each_chunk_gave():
     """Tokens per second of the bucket, as if all its rows were live; the next rollout goes on."""
     roll, _ = _bandit_roll(epsilon=0.5)
     first = roll()
-    known = {(arm.rows, arm.strategy): list(arm.rewards) for arm in first.controller.bandit.arms}
+    known = {
+        (arm.rows, arm.strategy): list(arm.rewards) for arm in first.carry.controller.bandit.arms
+    }
     wanted = collections.defaultdict(list)
     for record in first.chunks:
         rounds = sum(record.row_rounds)
         speed = record.rows * max(record.rounds_run) / record.seconds
         wanted[record.rows, record.strategy].append(sum(record.committed) / rounds * speed)
     assert known == {arm: pytest.approx(rewards[-WINDOW:]) for arm, rewards in wanted.items()}
-    assert first.controller.bandit.choices == len(first.chunks)
+    assert first.carry.controller.bandit.choices == len(first.chunks)
     assert {record.chosen for record in first.chunks} == {"best", "explored"}
-    second = roll(controller=first.controller)
-    assert second.controller.bandit.choices == len(first.chunks) + len(second.chunks)
+    second = roll(controller=first.carry.controller)
+    assert second.carry.controller.bandit.choices == len(first.chunks) + len(second.chunks)
 
 
 def _log_of(result):
@@ -196,6 +200,22 @@ def test_a_log_of_choices_can_be_replayed():
         roll(replay=[Choice(Strategy(4), "best")])
 
 
+def test_a_log_of_choices_can_be_replayed_on_another_mesh():
+    """Twice the devices: the same programs in the same order, and the same tokens."""
+    seed, asked, _ = toy_engine.tailed()
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    ran, tokens, log = [], [], None
+    for name in ("one bandit", "one bandit on tensor"):
+        programs = toy_engine.engine(name).having(chunk_tokens=5, epsilon=0.5)
+        result = toy_engine.roll(programs, models, asked, seed=seed, replay=log)
+        log = _log_of(result)
+        ran.append(list(programs.kinds))
+        tokens.append(toy_engine.tokens_of(result))
+    assert ran[0] == ran[1] and len(set(ran[0])) == 2
+    settings, target = programs.rollout, toy_engine.random_policy()
+    assert not toy_engine.unexplained(*tokens, target, settings, seed=seed)
+
+
 @pytest.mark.parametrize("deal_by_length", [True, False])
 def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
     """In turn, slice 0 gets all long ones; in the second epoch each slice gets two of them."""
@@ -206,17 +226,31 @@ def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
     for _ in range(2):
         result = toy_engine.roll(programs, models, asked, controller=controller)
         assert [len(response.response) for response in result.responses] == lengths
-        controller = result.controller
+        controller = result.carry.controller
         by_slice = np.sum([record.committed for record in result.chunks], axis=0)
         rounds.append(by_slice.tolist())
     assert rounds[0] == [28 + 27 + 26 + 25, 3 + 4 + 5 + 6]
     assert (max(rounds[1]) < 70) == deal_by_length, rounds
 
 
+def test_each_sequence_of_a_queue_is_stored_once():
+    """A slot that was given to another sequence stores that one, too."""
+    programs = toy_engine.engine("queue").having(temperature=0.0)
+    asked = toy_engine.counting_prompts(*[3, 4, 5, 6] * 4)
+    result = toy_engine.roll(programs, toy_engine.counting(), asked)
+    buffer = jax.device_get(result.carry.buffer)
+    stored = []
+    for tokens, ids in zip(buffer.tokens, buffer.segment_ids, strict=True):
+        for row, segments in zip(tokens, ids, strict=True):
+            found = sorted(set(segments.tolist()) - {-1})
+            stored += [row[segments == segment].tolist() for segment in found]
+    assert sorted(stored) == sorted(r.tokens[:-1].tolist() for r in result.responses)
+
+
 @pytest.mark.parametrize("refill", [True, False])
 def test_those_who_wait_get_slots_as_they_fall_free(refill):
     """Sixteen sequences on twice two slots; without `refill` four at a time."""
-    programs = toy_engine.engine("queue").having(refill=refill, chunk_tokens=5)
+    programs = toy_engine.engine("queue").having(refill=refill, chunk_tokens=6, temperature=0.0)
     lengths = [30, 3, 5, 2, 8, 12, 1, 7, 4, 4, 9, 20, 2, 6, 11, 3]
     handed = []
     result = toy_engine.roll(
@@ -228,10 +262,9 @@ def test_those_who_wait_get_slots_as_they_fall_free(refill):
     assert [len(response.response) for response in result.responses] == lengths
     assert sorted(response.sequence for response in handed) == list(range(16))
     full = [record for record in result.chunks if record.live == [2, 2]]
-    busy = sum(sum(r.row_rounds) for r in full) / sum(2 * sum(r.rounds_run) for r in full)
-    assert busy > 0.7, "rows that ended keep their slots"
     if refill:
-        assert len(full) >= len(result.chunks) - 5 and 0 not in handed[:8]
+        assert len(full) >= len(result.chunks) - 5
+        assert 0 not in [response.sequence for response in handed[:8]]
         last = max(i for i, record in enumerate(result.chunks) if record.live == [2, 2])
         assert {record.rows for record in result.chunks[: last + 1]} == {2}
     else:
@@ -245,7 +278,7 @@ def test_the_long_ones_do_not_wait():
     lengths = [9, 9, 9, 9, 9, 9, 30, 30]
     asked, models = toy_engine.counting_prompts(*lengths), toy_engine.counting()
     first = toy_engine.roll(programs, models, asked)
-    second = toy_engine.roll(programs, models, asked, controller=first.controller)
+    second = toy_engine.roll(programs, models, asked, controller=first.carry.controller)
     rounds = [sum(max(r.rounds_run) for r in result.chunks) for result in (first, second)]
     assert rounds[1] < rounds[0], rounds
 
@@ -275,14 +308,16 @@ def test_a_broken_drafter_is_left_within_three_rounds_and_said_once(steady_clock
         result = toy_engine.roll(programs, (target, draft), asked, seed=step, controller=controller)
         for tokens, prompt in zip(toy_engine.tokens_of(result), asked, strict=True):
             assert tokens.tolist() == _counted(prompt, 31)
-        controller = result.controller
+        controller = result.carry.controller
         told.append(capsys.readouterr().out.splitlines())
         drafted = [record for record in result.chunks if record.strategy != "plain"]
         speculative.append(len(drafted) / len(result.chunks))
         assert draft is whole or {max(record.rounds_run) for record in drafted} <= {3}
-    fallen = "chain-2: hardly a draft is accepted; falling back to another strategy"
+    fallen = "trained drafter: hardly a draft is accepted; its strategies are left alone"
     assert told[:9] == [[], [], [], [fallen]] + [[]] * 5
-    assert [line for lines in told[9:] for line in lines] == ["chain-2: drafts are accepted again"]
+    assert [line for lines in told[9:] for line in lines] == [
+        "trained drafter: drafts are accepted again"
+    ]
     assert controller.broken == () and np.mean(speculative[-3:]) > 0.6
 
 
@@ -349,14 +384,14 @@ def test_fewer_prompts_than_slots(random_rollout):
     assert not toy_engine.unexplained(
         got, wanted, toy_engine.random_policy(), toy_engine.ROLLOUT, seed=seed
     )
-    assert result.buffer.segments.tolist() == [3, 2]
+    assert result.carry.buffer.segments.tolist() == [3, 2]
     assert result.chunks[0].live == [3, 2]
 
 
 def test_finished_sequences_are_stored_once_with_their_features(random_rollout):
     """Each slice's buffer holds its own responses less the last token, as the policy sees them."""
     _, result = random_rollout
-    buffer = jax.device_get(result.buffer)
+    buffer = jax.device_get(result.carry.buffer)
     assert buffer.segments.tolist() == [4, 4]
     for slice_ in range(2):
         stored = []

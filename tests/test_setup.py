@@ -22,7 +22,7 @@ def test_plain_decoding_needs_no_drafter(tmp_path):
     weights.save(tmp_path / "policy.safetensors", random)  # and no drafter.safetensors
     machinery, state = setup.start(config)
     machinery.reward_threads.shutdown()
-    assert state.drafter is None and state.buffer is None
+    assert state.carry.drafter is None and state.carry.buffer is None
 
 
 def test_a_log_of_decisions_is_read_by_step(tmp_path):
@@ -31,7 +31,9 @@ def test_a_log_of_decisions_is_read_by_step(tmp_path):
     fields = "step", "strategy", "give_up_below"
     records = [dict(zip(fields, line, strict=True)) | {"chosen": "best"} for line in lines]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    plain, chain, ngram = (Choice(Strategy.parse(name), "best", below) for _, name, below in lines)
+    plain, chain, ngram = (
+        Choice(Strategy.parse(name), "replayed", below) for _, name, below in lines
+    )
     assert setup.load_replay(str(path)) == {0: [plain, chain], 1: [ngram]}
     assert setup.load_replay("") is None
 

@@ -9,7 +9,10 @@ import pytest
 from tlt_jax import command_line, setup
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-SHIPPED = [("quickstart", ""), ("quickstart", "tiny"), ("quickstart", "gpu"), ("countdown", "")]
+SHIPPED = [
+    *(("quickstart", variant) for variant in ("", "tiny", "gpu")),
+    *(("countdown", ""), ("decoding", "")),
+]
 
 
 def load(name: str, variant: str):

@@ -33,7 +33,7 @@ def test_sides_differ_in_training_alone(sides, weights):
     resting, training = step_price.take_turns(sides, first=1)
     assert resting.steps_done == training.steps_done == step_price.STEPS
     jax.tree.map(np.testing.assert_array_equal, resting.learner.params, training.learner.params)
-    jax.tree.map(np.testing.assert_array_equal, training.drafter.params, weights[1])
+    jax.tree.map(np.testing.assert_array_equal, training.carry.drafter.params, weights[1])
     taken = [sum(sum(chunk.microbatches) for chunk in side.chunks) for side in sides]
     assert taken[0] == 0 < taken[1]
     again = step_price.take_turns(sides, first=0)  # the first states were not used up

@@ -310,11 +310,22 @@ def _assert_updated_in_place(compiled, donated):
 @pytest.mark.parametrize("strategy", [CHAIN, Strategy(4, 4, 40)], ids=str)
 def test_a_chunk_without_training_stays_in_its_slice(mesh, backend, strategy):
     config, drafter_config, shapes = _small(mesh, backend)
+    shapes = shapes._replace(library=None)
     program = _chunk(mesh, config, drafter_config, training=False, strategy=strategy)
     compiled = _compile(program, *shapes.of_chunk)
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _device_groups(compiled.as_text())  # of the tensor axis
     assert not _slice_groups(compiled, mesh)
+    _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.rows))
+
+
+@compiles_for_tpu
+def test_texts_for_the_ngram_drafter_reach_all_slices(mesh, backend):
+    config, drafter_config, shapes = _small(mesh, backend)
+    strategy = Strategy(4, ngram=True)
+    program = _chunk(mesh, config, drafter_config, training=False, strategy=strategy)
+    compiled = _compile(program, *shapes.of_chunk)
+    assert _slice_groups(compiled, mesh)
     _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.library, shapes.rows))
 
 
@@ -336,6 +347,20 @@ def test_prefill_stays_in_its_slice(mesh, backend):
     assert _device_groups(compiled.as_text())
     assert not _slice_groups(compiled, mesh)
     assert compiled.memory_analysis().temp_size_in_bytes < _device_bytes(shapes.rows)
+
+
+@compiles_for_tpu
+def test_a_refill_stays_in_its_slice_and_in_place(mesh, backend):
+    config, _, shapes = _small(mesh, backend)
+    few = [
+        jax.ShapeDtypeStruct((mesh.shape[SLICE], *x.shape[1:]), x.dtype, sharding=x.sharding)
+        for x in shapes.batch
+    ]
+    program = row_programs.refill_program(mesh, config, keep_features=True)
+    slots = few[1]  # numbers, like lengths
+    compiled = _compile(program, shapes.target, shapes.state.params, shapes.rows, slots, *few)
+    assert not _slice_groups(compiled, mesh)
+    _assert_updated_in_place(compiled, shapes.rows)
 
 
 @pytest.mark.tpu_compile

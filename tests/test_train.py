@@ -87,8 +87,11 @@ def _assert_same_run(workdir, state, unbroken):
     """Same arrays, bit for bit, and same numbers in the logs except times."""
     wanted_dir, wanted = unbroken
     jax.tree.map(np.testing.assert_array_equal, state.arrays(), wanted.arrays())
-    assert (state.steps_done, state.controller) == (wanted.steps_done, wanted.controller)
-    assert any(state.controller.log_sharpness), "a run that teaches nothing cannot lose it"
+    assert (state.steps_done, state.carry.controller) == (
+        wanted.steps_done,
+        wanted.carry.controller,
+    )
+    assert any(state.carry.controller.log_sharpness), "a run that teaches nothing cannot lose it"
     for name in ("metrics.jsonl", "decisions.jsonl"):
         assert _without_clocks(workdir / name) == _without_clocks(wanted_dir / name), name
     for name in ("policy.safetensors", "drafter/drafter.safetensors"):

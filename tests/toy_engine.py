@@ -15,7 +15,9 @@ import numpy as np
 
 from tlt_jax import chunk, drafter, policy, rollout, sampling, setup, sharding, spot_training
 from tlt_jax.config import DrafterConfig, MeshConfig, PolicyConfig, RolloutConfig
+from tlt_jax.controller import FRESH
 from tlt_jax.programs import RolloutPrograms
+from tlt_jax.rollout import Carry
 from tlt_jax.sharding import ParamSpec
 
 BOS, STOP = 1, 2
@@ -230,7 +232,18 @@ _KINDS = {
         "training": False,
         "library_texts": 8,
     },
-    "queue": {"row_buckets": (2,), "strategies": ("chain-2",), "training": False},
+    "queue": {"row_buckets": (2,), "strategies": ("chain-2",)},
+    "plain queue": {
+        **{"slices": 1, "row_buckets": (6,), "strategies": ("plain",), "length_buckets": (48,)},
+        **{"drafting": False, "training": False, "speculate": False},
+    },
+    "ngram queue on tensor": {
+        **{"tensor": 2, "row_buckets": (2,), "length_buckets": (48,), "training": False},
+        **{"strategies": ("ngram-3-2-6",), "library_texts": 8},
+    },
+    "one bandit": _one_bucket | {"strategies": ("plain chain-2",), "training": False},
+    "one bandit on tensor": _one_bucket
+    | {"tensor": 2, "strategies": ("plain chain-2",), "training": False},
     "ngram chain": _one_bucket | {"strategies": ("ngram-4",), "training": False},
     "tree on tensor": _one_bucket | {"tensor": 2, "strategies": ("tree-3-2-5",), "training": False},
     "filtered": _filtered | {"strategies": ("chain-2",)},
@@ -269,21 +282,28 @@ def buffers(programs):
     return chunk.empty_buffers(programs.mesh, programs.policy, programs.drafter)
 
 
+def carry(programs, draft, controller=FRESH):
+    """What a first rollout begins with."""
+    arrays = drafter_state(programs, draft), buffers(programs), programs.empty_library()
+    return Carry(*arrays, controller)
+
+
 def roll(programs, models, asked, *, seed=0, stop_tokens=(STOP,), learn=True, **options):
     """One rollout of (policy, drafter) parameters from a fresh drafter state and buffer.
 
     Without `learn` the drafter stays as it is, in the same programs.
     """
     target, draft = models
+    programs = programs if learn else dataclasses.replace(programs, training=False)
+    begun = {name: options.pop(name) for name in ("library", "controller") if name in options}
     return rollout.run(
-        programs if learn else dataclasses.replace(programs, training=False),
+        programs,
         place(programs, target),
-        drafter_state(programs, draft),
-        buffers(programs),
+        dataclasses.replace(carry(programs, draft), **begun),
         asked,
         jax.random.key(seed),
         stop_tokens=stop_tokens,
-        **({"library": programs.empty_library()} | options),
+        **options,
     )
 
 

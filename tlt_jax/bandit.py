@@ -2,16 +2,18 @@
 
 Each row bucket has its own arms, and of every arm the last rewards: tokens per second, that is
 accept length times rows by seconds of a round. The bandit mostly takes the arm with the best median
-and now and then the one that was not tried for longest. An arm that was never tried is rated by a
-cost model, in proportion to those that were, so that a cold start is not random.
+and now and then the one that was not tried for longest. An arm that was never tried in a bucket is
+rated by what it gave, beside the others, in the nearest bucket; one that was tried nowhere by a
+cost model, which also says in which order to try what is new, so that a cold start is not random.
 
 The state is frozen and on the host. Rewards come from a clock: where several processes run, one of
 them decides (`rollout`). Nothing here draws random numbers: exploration follows from a counter.
 """
 
 import dataclasses
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tlt_jax.types import Strategy
@@ -24,6 +26,8 @@ GUESSED_ACCEPTANCE = 0.8
 """Chance that a draft of the trained drafter is accepted, before anything is known."""
 GUESSED_NGRAM_ACCEPTANCE = 0.4
 """The same of the n-gram drafter."""
+PROMISING = 0.5
+"""What is new is tried at once if the cost model rates it at least so well beside the best."""
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, are spread evenly whatever their number."""
 
@@ -118,6 +122,7 @@ def select(
     *,
     model: CostModel,
     epsilon: float,
+    broken: Collection[str] = (),
 ) -> tuple[Bandit, Strategy, str]:
     """Chooses a strategy for the bucket of `rows` rows.
 
@@ -127,6 +132,8 @@ def select(
       strategies: what there is to choose from, one or more.
       model: rates what was never tried.
       epsilon: share of choices that explore.
+      broken: drafters that are of no use now, see `Strategy.drafter`: whoever explores tries them,
+        and nobody else as long as there is another strategy.
 
     Returns:
       The state after, the strategy, and why: "best" or "explored".
@@ -136,27 +143,59 @@ def select(
     if explores:
         longest_ago = min(strategies, key=lambda strategy: bandit.known(rows, strategy).tried)
         return after, longest_ago, "explored"
+    trusted = [strategy for strategy in strategies if strategy.drafter not in broken] or strategies
+    promising = _promising(bandit, rows, trusted, model) if epsilon > 0 else []
+    if promising:
+        return after, promising[0], "explored"
     rated = ratings(bandit, rows, strategies, model)
-    return after, max(strategies, key=lambda strategy: rated[strategy]), "best"
+    return after, max(trusted, key=lambda strategy: rated[strategy]), "best"
+
+
+def _promising(
+    bandit: Bandit, rows: int, strategies: Sequence[Strategy], model: CostModel
+) -> list[Strategy]:
+    """What was tried in no bucket and may be good, the best first."""
+    rates = {strategy: model.rate(rows, strategy) for strategy in strategies}
+    tried = {arm.strategy for arm in bandit.arms if arm.choices}
+    new = [strategy for strategy in strategies if str(strategy) not in tried]
+    good = [strategy for strategy in new if rates[strategy] >= PROMISING * max(rates.values())]
+    return sorted(good, key=lambda strategy: -rates[strategy])
 
 
 def ratings(
     bandit: Bandit, rows: int, strategies: Sequence[Strategy], model: CostModel
 ) -> dict[Strategy, float]:
-    """Median rewards in tokens per second; of what was never tried, an estimate.
+    """Median rewards in tokens per second; of what was never tried in the bucket, an estimate.
 
-    That is the model's rate times the median of what the tried ones gave for theirs; where none was
-    tried, the rate itself.
+    What the tried ones gave there is scaled by what strategies gave beside one another in the
+    nearest bucket that knows them, or else by the model's rates; where none was tried at all, the
+    rates are all there is.
     """
     rates = {strategy: model.rate(rows, strategy) for strategy in strategies}
-    medians = {
+    medians = _medians(bandit, rows, strategies)
+    others = sorted(
+        {arm.rows for arm in bandit.arms} - {rows}, key=lambda other: abs(math.log(other / rows))
+    )
+    elsewhere = [_medians(bandit, other, strategies) for other in others]
+
+    def estimate(strategy: Strategy) -> float:
+        for known in elsewhere:
+            shared = [medians[arm] / known[arm] for arm in medians.keys() & known.keys()]
+            if strategy in known and shared:
+                return known[strategy] * statistics.median(shared)
+        scales = [median / rates[arm] for arm, median in medians.items()]
+        return rates[strategy] * (statistics.median(scales) if scales else 1.0)
+
+    return {strategy: estimate(strategy) for strategy in strategies} | medians
+
+
+def _medians(bandit: Bandit, rows: int, strategies: Sequence[Strategy]) -> dict[Strategy, float]:
+    """Median rewards of what was tried in a bucket."""
+    return {
         strategy: median
         for strategy in strategies
         if (median := bandit.known(rows, strategy).median(bandit.choices)) is not None
     }
-    scales = [median / rates[strategy] for strategy, median in medians.items()]
-    scale = statistics.median(scales) if scales else 1.0
-    return {strategy: scale * rate for strategy, rate in rates.items()} | medians
 
 
 def give_up_below(

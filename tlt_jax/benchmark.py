@@ -11,16 +11,21 @@ batch     modes on batches of a step's size, and where a round's time goes
 tail      the same modes with few sequences live
 training  what drafter training on idle slices costs an RL step
 queue     four times as many sequences as slots: refilling them, dealing by length, the bandit
-grid      every strategy at fixed numbers of live rows (the paper's figure 13, tables 1 and 4)
+grid      every strategy by live rows, "full rows": as if all were live in all rounds (the paper's
+          figure 13, tables 1 and 4)
 drafts    noise-shared against most likely drafts, coupled against rejection sampling
-memory    compiled programs for one strategy, for all, and for all in their buckets (table 5)
+broken    what a drafter costs that suddenly consists of random numbers or of NaN
+memory    compiled programs for one strategy, for all, and for the likely ones in each bucket
+          (table 5)
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from tlt_jax import (
     command_line,
@@ -65,8 +70,13 @@ def load_subject(config: RunConfig, workdir: pathlib.Path) -> Subject:
     else:
         origin = config.warm_start_dir or "random initial weights"
         target, draft = setup.initial_policy(config), frozen
-    stop = (task.tokenizer.eos_id,)
-    return Subject(config, prompts, stop, target, draft, frozen, origin)
+    drafters = {
+        "trained": draft,
+        "frozen": frozen,
+        "random": setup.initial_drafter(dataclasses.replace(config, warm_start_dir="")),
+        "NaN": jax.tree.map(lambda x: x * np.nan, frozen),
+    }
+    return Subject(config, prompts, (task.tokenizer.eos_id,), target, drafters, origin)
 
 
 def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:

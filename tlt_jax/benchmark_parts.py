@@ -1,11 +1,14 @@
 """What the benchmark can measure, part by part: which modes race, and what else is looked at."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tlt_jax import pool_price, profiling, step_price
 from tlt_jax.config import RolloutConfig, RunConfig
+from tlt_jax.program_pool import ProgramPool
 from tlt_jax.race import Mode, Runner, Subject, make_runners, race, throughout
 from tlt_jax.types import Strategy
 
@@ -37,14 +40,22 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
         *compared,
         *[Mode(f"plain, {count} slices", plain, count) for count in others],
         *[Mode(f"by bucket, {count} slices", base, count) for count in others],
-        Mode(f"{deepest}, frozen drafter", throughout(base, deepest), slices, frozen=True),
+        Mode(f"{deepest}, frozen drafter", throughout(base, deepest), slices, drafter="frozen"),
         Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
     ]
 
 
 def queue_modes(config: RunConfig) -> list[Mode]:
-    """Modes with `QUEUE` times as many sequences as a step has, and no more slots."""
-    base, slices = _sized(config, QUEUE * config.rollout.num_sequences), config.mesh.slices
+    """Modes with `QUEUE` times as many sequences as a step has, in the slots of a step."""
+    slices = config.mesh.slices
+    per_slice = -(-config.rollout.num_sequences // slices)
+    buckets = config.rollout.row_buckets
+    first = min((rows for rows in buckets if rows >= per_slice), default=buckets[0])
+    base = dataclasses.replace(
+        _sized(config, QUEUE * config.rollout.num_sequences),
+        row_buckets=buckets[buckets.index(first) :],
+        strategies=config.rollout.strategies[buckets.index(first) :],
+    )
     plain = dataclasses.replace(base, speculate=False)
     return [
         Mode("plain", plain, slices, timed=True),
@@ -60,7 +71,10 @@ def queue_modes(config: RunConfig) -> list[Mode]:
 
 
 def grid_modes(config: RunConfig, rows: int) -> list[Mode]:
-    """Every strategy of the grid in slots of `rows` rows per slice that are refilled."""
+    """Every strategy of the grid in slots of `rows` rows per slice that are refilled.
+
+    Caches are as long as the longest sequences need, so that few programs compile.
+    """
     base = dataclasses.replace(
         _sized(config, QUEUE * rows * config.mesh.slices),
         row_buckets=(rows,),
@@ -95,15 +109,36 @@ def draft_modes(config: RunConfig, temperature: float) -> list[Mode]:
     return found
 
 
+def broken_modes(config: RunConfig) -> list[Mode]:
+    """The bandit with drafters that are of no use, which it finds out anew in each rollout."""
+    base, slices = _sized(config, config.rollout.num_sequences), config.mesh.slices
+    bandit = _bandit(config, base)
+    return [
+        Mode("plain", dataclasses.replace(base, speculate=False), slices, timed=True),
+        bandit,
+        *[
+            dataclasses.replace(
+                bandit, name=f"bandit, {drafter} drafter", drafter=drafter, surprised=True
+            )
+            for drafter in ("random", "NaN")
+        ],
+    ]
+
+
 def _sized(config: RunConfig, batch: int) -> RolloutConfig:
-    """A speculative rollout of `batch` sequences."""
-    group = min(config.rollout.group_size, batch)
+    """A speculative rollout of `batch` sequences, with what modes leave out switched on."""
+    group = math.gcd(config.rollout.group_size, batch)
     return dataclasses.replace(
         config.rollout,
         prompts_per_step=batch // group,
         group_size=group,
         library_texts=max(batch, config.rollout.library_texts),
         speculate=True,
+        verification="coupled",
+        shared_noise=True,
+        threshold=0,
+        deal_by_length=True,
+        refill=True,
     )
 
 
@@ -130,7 +165,7 @@ def tail(subject: Subject) -> Iterator[dict[str, Any]]:
 def training(subject: Subject) -> Iterator[dict[str, Any]]:
     """Whole RL steps with idle slices training and resting."""
     if subject.config.mesh.slices > 1:
-        price = step_price.measure(subject.config, subject.target, subject.draft)
+        price = step_price.measure(subject.config, subject.target, subject.drafters["trained"])
         yield {"step_price": price}
 
 
@@ -152,10 +187,17 @@ def grid(subject: Subject) -> Iterator[dict[str, Any]]:
 def drafts(subject: Subject) -> Iterator[dict[str, Any]]:
     """How to draft and how to verify, at each temperature."""
     config = subject.config
+    pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
     for temperature in config.benchmark.temperatures:
-        runners = make_runners(subject, draft_modes(config, temperature))
+        runners = make_runners(subject, draft_modes(config, temperature), pools)
         found = race(subject, runners, config.benchmark.min_tokens // SMALL_SHARE)
         yield found | {"temperature": temperature}
+
+
+def broken(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Drafters that are of no use."""
+    config = subject.config
+    yield race(subject, make_runners(subject, broken_modes(config)), config.benchmark.min_tokens)
 
 
 def memory(subject: Subject) -> Iterator[dict[str, Any]]:
@@ -170,6 +212,7 @@ PARTS: dict[str, Callable[[Subject], Iterator[dict[str, Any]]]] = {
     "queue": queue,
     "grid": grid,
     "drafts": drafts,
+    "broken": broken,
     "memory": memory,
 }
 """What can be measured. Each yields its findings one by one: races, or other tables."""
@@ -179,5 +222,4 @@ def _round_profile(runner: Runner) -> list[dict[str, Any]]:
     """Where a round's time goes in plain decoding or in the configured mix; empty for others."""
     if runner.mode.name not in ("plain", "by bucket"):
         return []
-    state, _, _ = runner.beginning()
-    return profiling.round_profile(runner.programs, runner.target, state)
+    return profiling.round_profile(runner.programs, runner.target, runner.beginning().drafter)

@@ -58,7 +58,12 @@ def choose(
         return controller, Choice(chosen, "threshold")
     model = programs.cost_model
     bandit, strategy, why = bandit_lib.select(
-        controller.bandit, rows, arms, model=model, epsilon=settings.epsilon
+        controller.bandit,
+        rows,
+        arms,
+        model=model,
+        epsilon=settings.epsilon,
+        broken=controller.broken,
     )
     give_up = bandit_lib.give_up_below(bandit, rows, strategy, arms, model)
     controller = dataclasses.replace(controller, bandit=bandit)

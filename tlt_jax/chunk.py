@@ -3,7 +3,7 @@
 It is a `shard_map`, manual over `slice` and automatic over `tensor`: inside, arrays are those of
 one slice. In a chunk with training, rounds come in blocks: while slices with live rows run a block,
 one with none takes a drafter microbatch, which costs about as much. After each block the slices see
-whether anything is live anywhere, so training ends with the tail, in the middle of a chunk too.
+whether anything is decoded anywhere, so training ends with the tail, in the middle of a chunk too.
 """
 
 import dataclasses

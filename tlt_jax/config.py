@@ -87,10 +87,10 @@ class RolloutConfig:
     tokens in a chunk, so a chunk of draft depth d runs up to `chunk_tokens // (d + 1)` rounds. The
     n-gram drafter looks things up in the last `library_texts` finished sequences.
 
-    The first row bucket that holds a slice's share of the sequences gives its slots; if none does,
-    further sequences wait for a slot that falls free between two chunks (with `refill`) or for all
-    of them (without). With `deal_by_length` prompts are spread over the slices, and wait, by how
-    long the last responses to them were: the longest first.
+    The smallest row bucket that holds a slice's share of the sequences gives its slots; if none
+    does, the largest one does, and further sequences wait for a slot that falls free between two
+    chunks (with `refill`) or for all of them (without). With `deal_by_length` prompts are spread
+    over the slices, and wait, by how long the last responses to them were: the longest first.
     """
 
     prompts_per_step: int = 4
@@ -107,7 +107,7 @@ class RolloutConfig:
     length_buckets: tuple[int, ...] = (144, 512)
     chunk_tokens: int = 72
     library_texts: int = 256
-    epsilon: float = 0.1
+    epsilon: float = 0.05
     free_tokens: float = 8.0
     threshold: int = 0
     shared_noise: bool = True

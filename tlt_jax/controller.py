@@ -27,7 +27,7 @@ class Controller:
     `idle_credit` are microbatches saved up for training between steps, with one slice.
     `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
     multiplied in the estimated acceptance (`trees`); depths beyond its end have 0. `bandit` chooses
-    strategies. `broken` are those whose drafts were hardly accepted when they ran last.
+    strategies. `broken` are the drafters whose drafts were hardly accepted when they drafted last.
     `history` are response lengths, by which prompts are dealt to slices.
     """
 
@@ -98,15 +98,15 @@ def calibrate(
     return dataclasses.replace(controller, log_sharpness=tuple(logs))
 
 
-def note_broken(controller: Controller, strategy: str, *, broken: bool) -> tuple[Controller, str]:
-    """Keeps in mind whether a strategy's drafts are of use; returns a sentence if that changed."""
-    known = strategy in controller.broken
+def note_broken(controller: Controller, drafter: str, *, broken: bool) -> tuple[Controller, str]:
+    """Keeps in mind whether a drafter is of use; returns a sentence if that changed."""
+    known = drafter in controller.broken
     if broken == known:
         return controller, ""
     if broken:
-        names = (*controller.broken, strategy)
-        told = f"{strategy}: hardly a draft is accepted; falling back to another strategy"
+        names = (*controller.broken, drafter)
+        told = f"{drafter} drafter: hardly a draft is accepted; its strategies are left alone"
     else:
-        names = tuple(name for name in controller.broken if name != strategy)
-        told = f"{strategy}: drafts are accepted again"
+        names = tuple(name for name in controller.broken if name != drafter)
+        told = f"{drafter} drafter: drafts are accepted again"
     return dataclasses.replace(controller, broken=names), told

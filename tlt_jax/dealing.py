@@ -4,7 +4,7 @@ How long the last responses to a prompt were says how long the next will be. Lon
 sequence goes to the slice that has least to do so far and a slot left (Graham's longest-processing-
 time rule; with slots enough its makespan is at most 4/3 of the best). Sequences for which there is
 no slot wait, and are drawn, longest first again, as slots fall free. None of this changes a token,
-as these depend on no slice and no order.
+as their noise depends on no slice and no order.
 """
 
 import collections

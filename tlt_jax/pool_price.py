@@ -17,7 +17,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,32 +46,34 @@ class Price(NamedTuple):
 
     code_bytes: int  # of the serialised program
     scratch_bytes: int  # while it runs, on one device
-    cold_seconds: float  # to compile
-    cached_seconds: float  # to load from JAX's persistent cache
+    cold_seconds: float  # to compile what was traced and lowered
+    cached_seconds: float  # to load it from JAX's persistent cache instead
 
 
 def measure(subject: Subject) -> list[dict[str, Any]]:
     """Compiles every program of the largest pool, cold and from a cache on disk.
+
+    Chunks in which idle slices train are left out.
 
     Returns:
       For each pool its "pool" name, the count of "programs" and sums of `Price`, of scratch the
       largest; "bytes" is code and scratch, "share" of the bytes of every strategy.
     """
     config = subject.config
-    rollout = throughout(config.rollout, "plain", *config.benchmark.strategies)
-    mode = Mode("memory", dataclasses.replace(rollout, speculate=True), config.mesh.slices)
+    base = dataclasses.replace(config.rollout, speculate=True)
+    configured = {rows: base.arms(rows)[0] for rows in base.row_buckets}
+    named = [*map(str, configured.values()), "plain", *config.benchmark.strategies]
+    mode = Mode("memory", throughout(base, *named), config.mesh.slices)
     runner = make_runner(mode, subject, ProgramPool())
-    found = places(runner.programs, lambda rows: config.rollout.arms(rows)[0])
+    found = places(runner.programs, configured)
     prices = _prices(runner, sorted(set().union(*found.values())))
     sums = {name: _sum([prices[place] for place in chosen]) for name, chosen in found.items()}
     whole = sums["every strategy"]["bytes"]
     return [{"pool": name, **held, "share": held["bytes"] / whole} for name, held in sums.items()]
 
 
-def places(
-    programs: RolloutPrograms, configured: Callable[[int], Strategy]
-) -> dict[str, set[Place]]:
-    """The programs of each pool by its name."""
+def places(programs: RolloutPrograms, configured: Mapping[int, Strategy]) -> dict[str, set[Place]]:
+    """The programs of each pool by its name; `configured` is a strategy for each row bucket."""
     model, lengths = programs.cost_model, programs.rollout.length_buckets
 
     def best(rows: int) -> list[Strategy]:
@@ -93,15 +95,15 @@ def places(
         for length in lengths
         for arm in programs.arms(rows)
     }
-    one = needed(lambda rows: [configured(rows)])
-    return {"one strategy": one, "every strategy": every | one, "bucketed": needed(best)}
+    one = needed(lambda rows: [configured[rows]])
+    return {"one strategy": one, "every strategy": every, "bucketed": needed(best)}
 
 
 def _prices(runner: Runner, wanted: list[Place]) -> dict[Place, Price]:
     """Compiles each program twice, on as many threads as there are cores."""
-    shapes = runner.beginning()
+    arrays = runner.beginning().arrays
     with _fresh_cache(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        compile_one = lambda place: _compile(runner, place, shapes)  # noqa: E731
+        compile_one = lambda place: _compile(runner, place, arrays)  # noqa: E731
         cold = list(threads.map(compile_one, wanted))
         cached = list(threads.map(compile_one, wanted))
     return {
@@ -110,16 +112,19 @@ def _prices(runner: Runner, wanted: list[Place]) -> dict[Place, Price]:
     }
 
 
-def _compile(runner: Runner, place: Place, beginning: tuple[Any, ...]) -> tuple[int, int, float]:
+def _compile(runner: Runner, place: Place, arrays: tuple[Any, ...]) -> tuple[int, int, float]:
     """Code and scratch bytes of a program, and seconds of compiling it."""
-    programs = dataclasses.replace(runner.programs, pool=ProgramPool())
+    programs = runner.programs
     kind = programs.kind(place.rows, place.strategy, training=False)
-    arguments = programs.chunk_shapes(kind, place.rows, place.length, runner.target, *beginning)
+    arguments = programs.chunk_shapes(kind, place.rows, place.length, runner.target, *arrays)
+    lowered = programs.lowered_chunk(kind, arguments)
     start = time.perf_counter()
-    compiled = programs.chunk_program(kind, arguments)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - start
     code, _, _ = serialize_executable.serialize(compiled)
-    return len(code), compiled.memory_analysis().temp_size_in_bytes, seconds
+    memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not tell what its programs need"
+    return len(code), memory.temp_size_in_bytes, seconds
 
 
 @contextlib.contextmanager

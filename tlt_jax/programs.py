@@ -21,7 +21,7 @@ from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
 from tlt_jax.controller import FRESH, Controller
 from tlt_jax.ngram import Library
-from tlt_jax.program_pool import ProgramPool
+from tlt_jax.program_pool import ProgramPool, abstract
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import Strategy
@@ -61,8 +61,9 @@ class RolloutPrograms:
 
     @property
     def _refills(self) -> bool:
-        """Whether a rollout has more sequences than slots."""
-        return self.rollout.num_sequences > self.slices * self.first_rows
+        """Whether slots are given to those who wait while others go on."""
+        most = self.slices * self.first_rows
+        return self.rollout.refill and self.rollout.num_sequences > most
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -253,10 +254,17 @@ class RolloutPrograms:
         static = sampler.params.filtered, sampler.params.rejection
         return self.pool.get(
             ("chunk", kind, rows.tokens.shape, *held, *static),
-            lambda: chunk.chunk_program(
-                self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
-            ),
+            lambda: self._chunk_jit(kind),
             arguments,
+        )
+
+    def lowered_chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> jax.stages.Lowered:
+        """The program of `chunk` traced and not compiled, outside the pool."""
+        return self._chunk_jit(kind).lower(*abstract(arguments))
+
+    def _chunk_jit(self, kind: ChunkKind) -> Any:
+        return chunk.chunk_program(
+            self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
         )
 
     def _shrink(self, rows: Any, bucket: int) -> Any:

@@ -7,22 +7,19 @@ take turns, repeat after repeat, each beginning with another one.
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from tlt_jax import chunk, comparison, metrics, rl_step, rollout, setup, sharding, spot_training
-from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.controller import FRESH, Controller
 from tlt_jax.dealing import NO_HISTORY, LengthHistory
-from tlt_jax.ngram import Library
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
-from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
-from tlt_jax.spot_training import DrafterState
+from tlt_jax.rollout import Carry, ChunkRecord, Response, RolloutResult
 from tlt_jax.types import Strategy
 
 FIRST_BATCH = 1_000_000  # prompts that training does not reach
@@ -37,8 +34,7 @@ class Subject:
     prompts: Any  # with random access
     stop_tokens: tuple[int, ...]
     target: Any  # policy parameters
-    draft: Any  # drafter parameters
-    frozen: Any  # those of the warm start
+    drafters: Mapping[str, Any]  # parameters by name, see `Mode.drafter`
     origin: str  # of the weights
 
 
@@ -51,9 +47,10 @@ class Mode:
     slices: int
     timed: bool = False
     training: bool = False  # idle slices train, at learning rate 0: the price without the gain
-    frozen: bool = False  # with the drafter of the warm start, as if it had never been trained
+    drafter: str = "trained"  # "frozen": of the warm start; "random" and "NaN": broken
     informed: bool = False  # knows how long other responses to the same prompts were
     exact: bool = True  # must have the tokens of plain decoding
+    surprised: bool = False  # each rollout begins as if the drafter had been the trained one so far
 
 
 @dataclasses.dataclass
@@ -67,12 +64,14 @@ class Runner:
     draft: Any  # drafter parameters, None for plain decoding
     stop_tokens: tuple[int, ...]
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
+    tokens: list[int] = dataclasses.field(default_factory=list)  # the same
+    full_rates: list[float] = dataclasses.field(default_factory=list)  # the same, see `full_rate`
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
     controller: Controller = FRESH  # what all passes so far have taught about strategies
     history: LengthHistory = NO_HISTORY  # what rollouts begin with
 
-    def beginning(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
-        """Drafter state, buffer and library that a rollout begins with and may take."""
+    def beginning(self) -> Carry:
+        """What a rollout begins with and may take."""
         state = buffer = None
         if self.draft is not None:
             tx = spot_training.optimizer(self.config.drafter)
@@ -81,7 +80,10 @@ class Runner:
             buffer = chunk.empty_buffers(
                 self.programs.mesh, self.config.policy, self.config.drafter
             )
-        return jax.block_until_ready((state, buffer, self.programs.empty_library()))
+        library = self.programs.empty_library()
+        jax.block_until_ready((state, buffer, library))
+        known = dataclasses.replace(self.controller, history=self.history)
+        return Carry(state, buffer, library, known)
 
     def run(self, prompts: list[np.ndarray], key: jax.Array) -> tuple[RolloutResult, float]:
         """One rollout and its seconds; the next one goes on with what it taught.
@@ -89,21 +91,19 @@ class Runner:
         But not with the lengths of responses: prompts come back with the very same ones here, which
         no run ever sees.
         """
-        state, buffer, library = self.beginning()
+        carry = self.beginning()
         start = time.perf_counter()
         result = rollout.run(
             self.programs,
             self.target,
-            state,
-            buffer,
+            carry,
             prompts,
             key,
             stop_tokens=self.stop_tokens,
-            library=library,
-            controller=dataclasses.replace(self.controller, history=self.history),
         )
         seconds = time.perf_counter() - start
-        self.controller = result.controller
+        if not self.mode.surprised:
+            self.controller = result.carry.controller
         return result, seconds
 
     def run_untimed(self, prompts: list[np.ndarray], key: jax.Array) -> list[Response]:
@@ -144,7 +144,7 @@ def make_runner(mode: Mode, subject: Subject, pool: ProgramPool) -> Runner:
         training=mode.training,
         pool=pool,
     )
-    draft = subject.frozen if mode.frozen else subject.draft
+    draft = subject.drafters[mode.drafter]
     return Runner(
         mode=mode,
         config=config,
@@ -155,9 +155,14 @@ def make_runner(mode: Mode, subject: Subject, pool: ProgramPool) -> Runner:
     )
 
 
-def make_runners(subject: Subject, modes: Sequence[Mode]) -> list[Runner]:
-    """Runners of all modes; like modes share their programs."""
-    pools: dict[tuple[int, bool], ProgramPool] = collections.defaultdict(ProgramPool)
+def make_runners(
+    subject: Subject,
+    modes: Sequence[Mode],
+    pools: MutableMapping[tuple[int, bool], ProgramPool] | None = None,
+) -> list[Runner]:
+    """Runners of all modes; like modes share their programs, across calls with the same `pools`."""
+    if pools is None:
+        pools = collections.defaultdict(ProgramPool)
     return [
         make_runner(mode, subject, pools[mode.slices, mode.rollout.speculate]) for mode in modes
     ]
@@ -170,7 +175,7 @@ def race(subject: Subject, runners: Sequence[Runner], min_tokens: int) -> dict[s
     Programs that only untimed modes use are dropped as soon as their tokens have been compared.
     """
     plain = runners[0]
-    plain.programs.warm_up(plain.target, *plain.beginning())
+    plain.programs.warm_up(plain.target, *plain.beginning().arrays)
     batches: list[tuple[list[np.ndarray], jax.Array]] = []
     expected: list[list[Response]] = []
     tokens = 0
@@ -182,15 +187,13 @@ def race(subject: Subject, runners: Sequence[Runner], min_tokens: int) -> dict[s
     kept = [runner.programs.pool for runner in timed]
     rows = [mode_row(plain, tokens, [])]
     for runner in runners[1:]:
-        runner.programs.warm_up(runner.target, *runner.beginning())
+        runner.programs.warm_up(runner.target, *runner.beginning().arrays)
         rows.append(compare(subject, runner, batches, expected))
         print(f"  {runner.mode.name}: {rows[-1]['mismatches']} mismatches", flush=True)
         if not any(runner.programs.pool is pool for pool in kept):
             runner.programs.pool.clear()
     take_turns(timed, batches, subject.config.benchmark.repeats)
-    rows = [
-        row | timing(runner, row, plain, tokens) for runner, row in zip(runners, rows, strict=True)
-    ]
+    rows = [row | timing(runner, plain) for runner, row in zip(runners, rows, strict=True)]
     return {
         "batch": plain.mode.rollout.num_sequences,
         "batches": len(batches),
@@ -205,12 +208,26 @@ def take_turns(
     """Runs all batches `repeats` times in every mode, batch by batch, and notes the seconds."""
     for repeat in range(repeats):
         first = repeat % len(timed)
-        totals = dict.fromkeys(range(len(timed)), 0.0)
+        passes: list[list[tuple[RolloutResult, float]]] = [[] for _ in timed]
         for drawn in batches:
             for place in [*range(first, len(timed)), *range(first)]:
-                totals[place] += timed[place].run(*drawn)[1]
-        for place, seconds in totals.items():
-            timed[place].seconds.append(seconds)
+                passes[place].append(timed[place].run(*drawn))
+        for runner, ran in zip(timed, passes, strict=True):
+            responses = [response for result, _ in ran for response in result.responses]
+            runner.seconds.append(sum(seconds for _, seconds in ran))
+            runner.tokens.append(sum(len(response.response) for response in responses))
+            runner.full_rates.append(full_rate([c for result, _ in ran for c in result.chunks]))
+
+
+def full_rate(chunks: Sequence[ChunkRecord]) -> float:
+    """Tokens per second of the chunks as if all their rows had been live in all rounds.
+
+    A round costs the same however many rows of its bucket are live. So this compares strategies at
+    a number of rows, whatever the share of chunks in which rows had ended.
+    """
+    accept_length = metrics.accept_length(chunks)
+    row_rounds = sum(c.rows * len(c.rounds_run) * max(c.rounds_run) for c in chunks)
+    return accept_length * row_rounds / sum(c.seconds for c in chunks)
 
 
 def draw_batch(
@@ -237,8 +254,14 @@ def compare(
     if runner.mode.informed:
         for index, (prompts, _) in enumerate(batches):
             earlier, _ = runner.run(prompts, _key(subject, EARLIER + index))
-            lengths = {**runner.history.lengths, **earlier.controller.history.lengths}
+            lengths = {**runner.history.lengths, **earlier.carry.controller.history.lengths}
             runner.history = LengthHistory(lengths)
+    if runner.mode.surprised:
+        trained = dataclasses.replace(runner.mode, drafter="trained", surprised=False)
+        healthy = make_runner(trained, subject, runner.programs.pool)
+        for drawn in batches:
+            healthy.run(*drawn)
+        runner.controller = healthy.controller
     parted, tokens, config = [], 0, subject.config
     for (prompts, key), wanted in zip(batches, expected, strict=True):
         responses = runner.run_untimed(prompts, key)
@@ -274,20 +297,25 @@ def mode_row(runner: Runner, tokens: int, parted: Sequence[comparison.Parting]) 
     }
 
 
-def timing(runner: Runner, row: dict[str, Any], plain: Runner, tokens: int) -> dict[str, Any]:
+def timing(runner: Runner, plain: Runner) -> dict[str, Any]:
     """A timed mode's entries; speed-ups are ratios of tokens per second of the same repeat."""
     if not runner.seconds:
         return {}
-    share = row["tokens"] / tokens  # not 1 where tokens may differ from those of plain decoding
-    speedups = [share * p / s for p, s in zip(plain.seconds, runner.seconds, strict=True)]
-    median = float(np.median(runner.seconds))
+    rates, plain_rates = (np.array(r.tokens) / np.array(r.seconds) for r in (runner, plain))
+    speedups = rates / plain_rates
+    full = np.array(runner.full_rates) / np.array(plain.full_rates)
     return {
-        "seconds": median,
+        "seconds": float(np.median(runner.seconds)),
         "seconds_all": runner.seconds,
-        "tokens_per_second": row["tokens"] / median,
+        "tokens_all": runner.tokens,
+        "tokens_per_second": float(np.median(rates)),
         "speedup": float(np.median(speedups)),
-        "speedup_min": min(speedups),
-        "speedup_max": max(speedups),
+        "speedup_min": float(speedups.min()),
+        "speedup_max": float(speedups.max()),
+        "full_tokens_per_second": float(np.median(runner.full_rates)),
+        "full_speedup": float(np.median(full)),
+        "full_speedup_min": float(full.min()),
+        "full_speedup_max": float(full.max()),
     }
 
 
@@ -296,14 +324,15 @@ def table(workload: dict[str, Any]) -> str:
     lines = [
         f"{workload['batches']} batches of {workload['batch']} sequences, "
         f"{workload['tokens']} tokens",
-        f"{'mode':<28}{'seconds':>9}{'tokens/s':>10}{'speed-up (min-max)':>22}"
+        f"{'mode':<28}{'seconds':>9}{'tokens/s':>10}{'speed-up (min-max)':>22}{'full rows':>11}"
         f"{'accept':>8}{'rounds':>8}{'mismatches':>12}{'explained':>11}",
     ]
     for row in workload["modes"]:
-        timing = f"{'-':>9}{'-':>10}{'-':>22}"
+        timing = f"{'-':>9}{'-':>10}{'-':>22}{'-':>11}"
         if row["seconds"] is not None:
             spread = f"{row['speedup']:.2f}x ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"
-            timing = f"{row['seconds']:>9.2f}{row['tokens_per_second']:>10.0f}{spread:>22}"
+            full = f"{row['full_speedup']:>10.2f}x"
+            timing = f"{row['seconds']:>9.2f}{row['tokens_per_second']:>10.0f}{spread:>22}{full}"
         lines.append(
             f"{row['mode']:<28}{timing}{row['accept_length']:>8.2f}{row['rounds']:>8}"
             f"{_count(row['mismatches']):>12}{_count(row['explained_mismatches']):>11}"

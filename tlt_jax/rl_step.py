@@ -16,15 +16,11 @@ import numpy as np
 import optax
 
 from tlt_jax import advantages, learner, metrics, packing, policy, rollout, sampling, sharding
-from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
-from tlt_jax.controller import Controller
 from tlt_jax.learner import LearnerState
-from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
-from tlt_jax.rollout import ChunkRecord, Response, RolloutResult
-from tlt_jax.spot_training import DrafterState
+from tlt_jax.rollout import Carry, ChunkRecord, Response, RolloutResult
 from tlt_jax.tasks.task import Task
 
 
@@ -36,20 +32,22 @@ class RunState:
     learner: LearnerState
     reference: Any  # policy parameters, rollout layout
     rollout_params: Any  # the policy's current parameters, rollout layout
-    drafter: DrafterState | None
-    buffer: DrafterBuffer | None
-    library: Library | None
-    controller: Controller
+    carry: Carry
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds besides plain numbers; rollout parameters are derived."""
         return {
             "learner": self.learner,
             "reference": self.reference,
-            "drafter": self.drafter,
-            "buffer": self.buffer,
-            "library": self.library,
+            "drafter": self.carry.drafter,
+            "buffer": self.carry.buffer,
+            "library": self.carry.library,
         }
+
+    def with_arrays(self, *, learner: LearnerState, reference: Any, **carried: Any) -> "RunState":
+        """The state with other arrays, named as in `arrays`."""
+        carry = dataclasses.replace(self.carry, **carried)
+        return dataclasses.replace(self, learner=learner, reference=reference, carry=carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +127,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         steps_done=state.steps_done + 1,
         learner=learner_state,
         rollout_params=rollout_params,
-        drafter=result.drafter_state,
-        buffer=result.buffer,
-        library=result.library,
-        controller=result.controller,
+        carry=result.carry,
     )
     return StepOutcome(state=new_state, row=row, chunks=result.chunks)
 
@@ -157,13 +152,10 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
     result = rollout.run(
         machinery.programs,
         state.rollout_params,
-        state.drafter,
-        state.buffer,
+        state.carry,
         [prompt["prompt_ids"] for prompt in asked],
         machinery.step_key(state.steps_done),
         stop_tokens=machinery.stop_tokens,
-        library=state.library,
-        controller=state.controller,
         replay=None if replay is None else replay.get(state.steps_done, ()),
         on_finished=reward,
     )

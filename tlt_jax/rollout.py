@@ -6,7 +6,6 @@ counts, so all processes decide alike and a run can be repeated; only where a bu
 strategies a clock has a say, and then the first process decides for all.
 """
 
-import collections
 import dataclasses
 import math
 import time
@@ -17,22 +16,25 @@ import jax
 import numpy as np
 
 from tlt_jax import bandit as bandit_lib
-from tlt_jax import dealing, sharding, slots
+from tlt_jax import dealing, seating, sharding
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.choice import Choice, choose
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
-from tlt_jax.dealing import NO_HISTORY
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
-from tlt_jax.slots import Asked
-from tlt_jax.speculation import PROVING_ROUNDS, RolloutState, Sampler
+from tlt_jax.seating import Queue, Seats
+from tlt_jax.speculation import PROVING_ROUNDS, Sampler
 from tlt_jax.spot_training import DrafterState
-from tlt_jax.types import INVALID, Strategy
+from tlt_jax.types import Strategy
 
 # With so few live rows a slice may fall idle within a chunk; with more, the program without a
 # training branch runs, and no gradients are reduced for nothing.
 NEARLY_IDLE_ROWS = 2
+
+
+BROKEN_BELOW = 1 / 3
+"""A drafter is broken if so few of its first guesses are right in a chunk that gave up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +78,27 @@ class ChunkRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class Carry:
+    """What one rollout hands on to the next; None is what a configuration has no use for."""
+
+    drafter: DrafterState | None  # None without drafting
+    buffer: DrafterBuffer | None  # its data buffer, leaves [slices, ...]; None without training
+    library: Library | None  # None where no strategy uses the n-gram drafter
+    controller: Controller = FRESH  # what all chunks so far have taught
+
+    @property
+    def arrays(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:
+        """What lies on the devices."""
+        return self.drafter, self.buffer, self.library
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutResult:
-    """A rollout that ended. Drafter state, buffer and library are those to go on with."""
+    """A rollout that ended."""
 
     responses: list[Response]  # by sequence
-    drafter_state: DrafterState | None
-    buffer: DrafterBuffer | None
-    library: Library | None
     chunks: list[ChunkRecord]
-    controller: Controller
+    carry: Carry  # to go on with
 
 
 @dataclasses.dataclass
@@ -92,40 +106,31 @@ class _Flight:
     """A rollout under way, on the host's side."""
 
     target: Any
-    asked: Asked
-    expected: list[float]  # response lengths by sequence
-    waiting: collections.deque[int]  # sequences without a slot, first come first served
     sampler: Sampler
-    rows: RolloutState
-    live: np.ndarray  # [slices * rows] bool
-    lengths: np.ndarray  # [slices * rows] int32, prompts included
-    drafter_state: DrafterState | None
-    buffer: DrafterBuffer | None
-    library: Library | None
-    controller: Controller
+    queue: Queue
+    seats: Seats
+    carry: Carry
     replay: Sequence[Choice] | None
     began: float  # monotonic seconds
     chunks: list[ChunkRecord]
 
-    def bucket(self, programs: RolloutPrograms) -> int:
-        """Rows per slice."""
-        return self.rows.tokens.shape[0] // programs.slices
+    @property
+    def controller(self) -> Controller:
+        return self.carry.controller
 
-    def live_by_slice(self, slices: int) -> np.ndarray:
-        return self.live.reshape(slices, -1).sum(axis=1)
+    @controller.setter
+    def controller(self, controller: Controller) -> None:
+        self.carry = dataclasses.replace(self.carry, controller=controller)
 
 
 def run(
     programs: RolloutPrograms,
     target: Any,
-    drafter_state: DrafterState | None,
-    buffer: DrafterBuffer | None,
+    carry: Carry,
     prompts: Sequence[np.ndarray],
     key: jax.Array,
     *,
     stop_tokens: tuple[int, ...],
-    library: Library | None = None,
-    controller: Controller = FRESH,
     replay: Sequence[Choice] | None = None,
     on_finished: Callable[[Response], None] = lambda response: None,
 ) -> RolloutResult:
@@ -134,13 +139,10 @@ def run(
     Args:
       programs: compiled programs and settings.
       target: policy parameters in rollout layout.
-      drafter_state: the drafter, None without drafting; donated.
-      buffer: its data buffer, leaves [slices, ...], None without training; donated.
+      carry: what the rollout before handed on; its arrays are donated.
       prompts: token ids of each sequence, [length] int32 each.
       key: the step's key; with the same key, weights and prompts come the same tokens.
       stop_tokens: any of these ends a response.
-      library: texts for the n-gram drafter, None where no strategy uses one; donated.
-      controller: what chunks before this rollout have taught.
       replay: what to choose for each chunk instead of choosing anew.
       on_finished: called on this thread for each response as soon as it ended.
 
@@ -149,46 +151,29 @@ def run(
         another one.
     """
     began = time.monotonic()
-    asked = slots.ask(prompts, programs.rollout)
-    known = controller.history if programs.rollout.deal_by_length else NO_HISTORY
-    expected = dealing.expected(known, asked.ids)
-    waiting = dealing.queue(expected)
-    rows, live, lengths = _begin(programs, target, asked, waiting, expected)
+    queue = seating.queue(programs, prompts, carry.controller.history)
     flight = _Flight(
         target=target,
-        asked=asked,
-        expected=expected,
-        waiting=waiting,
         sampler=programs.sampler(key, stop_tokens),
-        rows=rows,
-        live=live,
-        lengths=lengths,
-        drafter_state=drafter_state,
-        buffer=buffer,
-        library=library,
-        controller=controller,
+        queue=queue,
+        seats=seating.begin(programs, target, queue),
+        carry=carry,
         replay=replay,
         began=began,
         chunks=[],
     )
     responses: dict[int, Response] = {}
-    while flight.waiting or flight.live.any():
+    while queue.waiting or flight.seats.live.any():
         for response in _next_chunk(programs, flight):
             responses[response.sequence] = response
             on_finished(response)
     if programs.training and programs.slices == 1:
         _train_between_steps(programs, flight)
     ordered = [responses[sequence] for sequence in range(len(prompts))]
-    given = ((prompt, len(r.response)) for prompt, r in zip(asked.ids, ordered, strict=True))
-    history = dealing.remember(controller.history, given)
-    return RolloutResult(
-        responses=ordered,
-        drafter_state=flight.drafter_state,
-        buffer=flight.buffer,
-        library=flight.library,
-        chunks=flight.chunks,
-        controller=dataclasses.replace(flight.controller, history=history),
-    )
+    given = ((prompt, len(r.response)) for prompt, r in zip(queue.asked.ids, ordered, strict=True))
+    history = dealing.remember(carry.controller.history, given)
+    flight.controller = dataclasses.replace(flight.controller, history=history)
+    return RolloutResult(responses=ordered, chunks=flight.chunks, carry=flight.carry)
 
 
 def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
@@ -197,8 +182,10 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
     Where a slice is nearly idle, the program with training runs already, so that it trains in the
     very chunk in which it falls idle.
     """
-    _seat(programs, flight)
-    rows, live = flight.bucket(programs), flight.live_by_slice(programs.slices)
+    flight.seats = seating.seat(
+        programs, flight.target, flight.carry.drafter, flight.queue, flight.seats
+    )
+    rows, live = flight.seats.bucket, flight.seats.live_by_slice
     flight.controller, choice = choose(
         programs,
         flight.controller,
@@ -207,82 +194,25 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
         replay=flight.replay,
         chunk=len(flight.chunks),
     )
-    while (rounds := _room(programs, flight, choice.strategy)) == 0:
-        flight.rows = programs.grow(flight.rows)
+    while (rounds := _room(programs, flight.seats, choice.strategy)) == 0:
+        flight.seats = seating.grow(programs, flight.seats)
     nearly_idle = programs.slices > 1 and live.min() <= NEARLY_IDLE_ROWS
     training = bool(programs.training and nearly_idle)
     kind = programs.kind(rows, choice.strategy, training=training)
-    was_live = flight.live
+    was_live = flight.seats.live
     flight.chunks.append(_launch(programs, flight, kind, rounds, choice))
-    return _harvest(flight, was_live & ~flight.live)
+    return _harvest(flight, was_live & ~flight.seats.live)
 
 
-def _begin(
-    programs: RolloutPrograms,
-    target: Any,
-    asked: Asked,
-    waiting: collections.deque[int],
-    expected: Sequence[float],
-) -> tuple[RolloutState, np.ndarray, np.ndarray]:
-    """New rows for those who wait, as many as there are slots; with what is live and lengths."""
-    rows = programs.first_rows
-    hands = dealing.deal(waiting, expected, slices=programs.slices, rows=rows)
-    batch = asked.arrays(hands, rows=rows)
-    state = programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
-    return state, batch[3] != INVALID, batch[1]
-
-
-def _seat(programs: RolloutPrograms, flight: _Flight) -> None:
-    """Gives slots to those who wait, or else compacts rows into the smallest bucket."""
-    if flight.waiting and not flight.live.any():
-        flight.rows, flight.live, flight.lengths = _begin(
-            programs, flight.target, flight.asked, flight.waiting, flight.expected
-        )
-    elif flight.waiting and programs.rollout.refill:
-        while flight.waiting and not flight.live.all():
-            _refill(programs, flight)
-    else:
-        _compact(programs, flight)
-
-
-def _refill(programs: RolloutPrograms, flight: _Flight) -> None:
-    """Puts waiting sequences into free slots, as many as one call can."""
-    most, shape = programs.refill_rows, (programs.slices, flight.bucket(programs))
-    live, lengths = flight.live.reshape(shape).copy(), flight.lengths.reshape(shape).copy()
-    free = [np.flatnonzero(~of_slice) for of_slice in live]
-    hands = dealing.draw(flight.waiting, [len(places) for places in free], most=most)
-    batch = flight.asked.arrays(hands, rows=most)
-    chosen = np.full((programs.slices, most), shape[1], np.int32)
-    for slice_, hand in enumerate(hands):
-        places = free[slice_][: len(hand)]
-        chosen[slice_, : len(hand)] = places
-        live[slice_, places] = True
-        lengths[slice_, places] = batch[1].reshape(-1, most)[slice_, : len(hand)]
-    split = sharding.per_slice(programs.mesh)
-    arrays = jax.device_put((chosen.reshape(-1), *batch), split)
-    flight.rows = programs.refill(flight.target, flight.drafter_state, flight.rows, arrays)
-    flight.live, flight.lengths = live.reshape(-1), lengths.reshape(-1)
-
-
-def _compact(programs: RolloutPrograms, flight: _Flight) -> None:
-    """Compacts rows into the smallest bucket that holds them."""
-    before = flight.live.size
-    flight.rows = programs.compact(flight.rows, int(flight.live_by_slice(programs.slices).max()))
-    if flight.rows.live.size < before:
-        rows = flight.rows
-        flight.live, flight.lengths = sharding.to_host((rows.live, rows.length))
-
-
-def _room(programs: RolloutPrograms, flight: _Flight, strategy: Strategy) -> int:
+def _room(programs: RolloutPrograms, seats: Seats, strategy: Strategy) -> int:
     """Rounds to ask for; 0 when the caches should be lengthened first.
 
     A round writes up to `slack` positions beyond a row's length, for rows that ended as well.
     """
-    length = flight.rows.tokens.shape[1]
     wanted = programs.rollout.rounds(strategy)
-    if length == programs.rollout.length_buckets[-1]:
+    if seats.length == programs.rollout.length_buckets[-1]:
         return wanted
-    room = length - programs.rollout.slack - int(flight.lengths.max())
+    room = seats.length - programs.rollout.slack - int(seats.lengths.max())
     room //= strategy.most_committed
     return 0 if room < math.ceil(wanted / 2) else min(room, wanted)
 
@@ -291,7 +221,7 @@ def _launch(
     programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, choice: Choice
 ) -> ChunkRecord:
     """Runs a chunk program, updates the flight, and records what happened."""
-    before = flight.live_by_slice(programs.slices)
+    before = flight.seats.live_by_slice
     index = len(flight.chunks)
     start = time.monotonic()
     orders = programs.orders(
@@ -301,18 +231,18 @@ def _launch(
         controller=flight.controller,
         give_up_below=choice.give_up_below,
     )
-    flight.drafter_state, flight.buffer, flight.library, flight.rows, report = programs.chunk(
+    given = flight.carry
+    drafter, buffer, library, rows, report = programs.chunk(
         kind,
         flight.target,
-        flight.drafter_state,
-        flight.buffer,
-        flight.library,
+        *given.arrays,
         flight.sampler,
         orders,
-        flight.rows,
+        flight.seats.rows,
     )
-    rows = flight.rows
-    told, flight.live, flight.lengths = sharding.to_host((report, rows.live, rows.length))
+    flight.carry = dataclasses.replace(given, drafter=drafter, buffer=buffer, library=library)
+    told, still_live, lengths = sharding.to_host((report, rows.live, rows.length))
+    flight.seats = Seats.of(rows, still_live, lengths, programs.slices)
     record = ChunkRecord(
         chunk=index,
         start=start - flight.began,
@@ -320,14 +250,12 @@ def _launch(
         strategy=str(kind.strategy),
         chosen=choice.why,
         give_up_below=choice.give_up_below,
-        rows=flight.bucket(programs),
-        length=flight.rows.tokens.shape[1],
+        rows=flight.seats.bucket,
+        length=flight.seats.length,
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    gave_up = bool(
-        np.any((told.stats.rounds < rounds) & (flight.live_by_slice(programs.slices) > 0))
-    )
+    gave_up = bool(np.any((told.stats.rounds < rounds) & (flight.seats.live_by_slice > 0)))
     flight.controller = _taught(programs, flight.controller, kind.strategy, record, gave_up=gave_up)
     return record
 
@@ -360,9 +288,11 @@ def _taught(
         gave_up=gave_up,
     )
     controller = dataclasses.replace(controller, bandit=bandit)
-    if not gave_up and max(record.rounds_run) <= PROVING_ROUNDS:
+    if strategy.is_plain or (not gave_up and max(record.rounds_run) <= PROVING_ROUNDS):
         return controller  # it ended before it had to prove anything
-    controller, sentence = note_broken(controller, str(strategy), broken=gave_up)
+    if gave_up and record.accepted[0] > BROKEN_BELOW * rounds:
+        return controller  # too deep for its drafts, which are of use
+    controller, sentence = note_broken(controller, strategy.drafter, broken=gave_up)
     if sentence:
         print(sentence, flush=True)
     return controller
@@ -390,7 +320,7 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
     """Responses of the rows marked in `ended`, copied to the host."""
     if not ended.any():
         return []
-    rows = flight.rows
+    rows = flight.seats.rows
     tokens, log_probs, lengths, ids = sharding.to_host(
         (rows.tokens, rows.log_probs, rows.length, rows.sequence_ids)
     )
@@ -399,7 +329,7 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
             sequence=int(ids[row]),
             tokens=tokens[row, : lengths[row]].copy(),
             log_probs=log_probs[row, : lengths[row]].copy(),
-            prompt_length=len(flight.asked.prompts[ids[row]]),
+            prompt_length=len(flight.queue.asked.prompts[ids[row]]),
         )
         for row in np.flatnonzero(ended)
     ]
@@ -419,7 +349,7 @@ def _train_between_steps(programs: RolloutPrograms, flight: _Flight) -> None:
     flight.controller = dataclasses.replace(flight.controller, idle_credit=credit - microbatches)
     if microbatches == 0:
         return
-    rows = flight.bucket(programs)
+    rows = flight.seats.bucket
     choice = Choice(programs.arms(rows)[0], "only")
     kind = programs.kind(rows, choice.strategy, training=True)
     rounds = microbatches * kind.block

@@ -26,10 +26,10 @@ from tlt_jax import (
 )
 from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
-from tlt_jax.controller import FRESH
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.reporting.writers import read_jsonl
 from tlt_jax.rl_step import Machinery, RunState
+from tlt_jax.rollout import Carry
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.tasks import pipeline
 from tlt_jax.tasks.task import Task, get_task
@@ -98,12 +98,12 @@ def load_replay(path: str) -> dict[int, list[Choice]] | None:
         return None
     log: dict[int, list[Choice]] = collections.defaultdict(list)
     for record in read_jsonl(path):
-        if not {"step", "strategy", "chosen", "give_up_below"} <= record.keys():
+        if not {"step", "strategy", "give_up_below"} <= record.keys():
             raise UserError(
                 f"config.replay={path} is no log of decisions; give the decisions.jsonl of a run."
             )
         strategy = Strategy.parse(record["strategy"])
-        choice = Choice(strategy, record["chosen"], record["give_up_below"])
+        choice = Choice(strategy, "replayed", record["give_up_below"])
         log[record["step"]].append(choice)
     return dict(log)
 
@@ -157,10 +157,7 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
         learner=learner.init_state(mesh, config.policy, machinery.tx, params),
         reference=jax.tree.map(lambda x: x.copy(), params),
         rollout_params=params,
-        drafter=draft,
-        buffer=buffer,
-        library=programs.empty_library(),
-        controller=FRESH,
+        carry=Carry(draft, buffer, programs.empty_library()),
     )
 
 
@@ -174,9 +171,7 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
     update = rl_step.update_arguments(machinery, state, empty, 0)
     programs.warm_up(
         state.rollout_params,
-        state.drafter,
-        state.buffer,
-        state.library,
+        *state.carry.arrays,
         extra=[
             lambda: rl_step.update_program(machinery, update),
             lambda: rl_step.to_rollout_layout(machinery, state.learner.params),
@@ -187,10 +182,11 @@ def warm_up(machinery: Machinery, state: RunState) -> Machinery:
         f"compiled {programs.pool.compiled} programs in {time.monotonic() - began:.0f}s",
         flush=True,
     )
-    if state.drafter is None or state.buffer is None:
+    carry = state.carry
+    if carry.drafter is None or carry.buffer is None:
         return machinery
     seconds = calibration.microbatch_seconds(
-        programs, state.rollout_params, state.drafter, state.buffer, state.library
+        programs, state.rollout_params, carry.drafter, carry.buffer, carry.library
     )
     return dataclasses.replace(machinery, microbatch_seconds=seconds)
 

@@ -96,7 +96,7 @@ def take_turns(sides: list[Side], *, first: int) -> list[RunState]:
 def _copy(state: RunState) -> RunState:
     """A state whose arrays a step may take; those of `state` stay."""
     copied = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state.arrays()))
-    return dataclasses.replace(state, **copied)
+    return state.with_arrays(**copied)
 
 
 def _ratios(seconds: list[float], others: list[float]) -> list[float]:

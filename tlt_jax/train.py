@@ -132,7 +132,7 @@ def save(checkpoints: Checkpoints, config: RunConfig, state: RunState) -> None:
     record = {
         "steps_done": state.steps_done,
         "seed": config.seed,
-        "controller": state.controller.to_record(),
+        "controller": state.carry.controller.to_record(),
     }
     checkpoints.save(state.steps_done, state.arrays(), record)
 
@@ -144,20 +144,22 @@ def resume(machinery: Machinery, state: RunState, checkpoints: Checkpoints) -> R
         return state
     arrays, record = checkpoints.restore(latest, state.arrays())
     print(f"resuming after step {record['steps_done']}", flush=True)
-    return RunState(
+    controller = Controller.from_record(record["controller"])
+    state = dataclasses.replace(
+        state,
         steps_done=record["steps_done"],
         rollout_params=to_rollout_layout(machinery, arrays["learner"].params),
-        controller=Controller.from_record(record["controller"]),
-        **arrays,
+        carry=dataclasses.replace(state.carry, controller=controller),
     )
+    return state.with_arrays(**arrays)
 
 
 def export(workdir: pathlib.Path, state: RunState) -> None:
     """Writes the trained policy, and the drafter that goes with it, as safetensors."""
     weights.save(workdir / "policy.safetensors", state.rollout_params, dtype="float32")
-    if state.drafter is not None:
+    if state.carry.drafter is not None:
         path = workdir / "drafter" / "drafter.safetensors"
-        weights.save(path, state.drafter.params, dtype="float32")
+        weights.save(path, state.carry.drafter.params, dtype="float32")
 
 
 def main(argv: list[str]) -> None:

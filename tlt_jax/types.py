@@ -88,6 +88,11 @@ class Strategy:
         return not (self.is_plain or self.ngram)
 
     @property
+    def drafter(self) -> str:
+        """Who drafts: "trained", "n-gram", or "" for nobody."""
+        return "" if self.is_plain else "n-gram" if self.ngram else "trained"
+
+    @property
     def is_chain(self) -> bool:
         """Whether each node has one child, so that all drafts lie on one path."""
         return self.top_k == 1

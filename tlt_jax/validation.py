@@ -159,13 +159,25 @@ def validate_benchmark(config: RunConfig) -> None:
       UserError: the first impossible combination found.
     """
     benchmark, rollout = config.benchmark, config.rollout
-    _check_strategies("config.benchmark.strategies", benchmark.strategies, config.policy)
-    _require(bool(benchmark.strategies), "config.benchmark.strategies is empty; name one or more.")
-    for name in ("grid_strategies", "draft_strategies"):
-        _check_strategies(f"config.benchmark.{name}", getattr(benchmark, name), config.policy)
+    for name in ("strategies", "grid_strategies", "draft_strategies"):
+        named = getattr(benchmark, name)
+        _check_strategies(f"config.benchmark.{name}", named, config.policy)
+        arms = {Strategy.parse(text) for text in named}
+        _require(
+            bool(arms) and len(arms) == len(named) and Strategy() not in arms,
+            f"config.benchmark.{name} is {named}; name one or more, none of them twice, and leave "
+            "out plain, which always runs.",
+        )
+    for name, least in (("repeats", 1), ("min_tokens", 4), ("small_batch", 1)):
+        value = getattr(benchmark, name)
+        _require(value >= least, f"config.benchmark.{name} is {value}; it must be {least} or more.")
     _require(
         min(benchmark.grid_rows, default=0) >= 1,
         f"config.benchmark.grid_rows is {benchmark.grid_rows}; name one or more numbers of rows.",
+    )
+    _require(
+        min(benchmark.temperatures, default=-1.0) >= 0,
+        f"config.benchmark.temperatures is {benchmark.temperatures}; name one or more, 0 or above.",
     )
     for arm in map(Strategy.parse, benchmark.draft_strategies):
         _require(
@@ -173,8 +185,8 @@ def validate_benchmark(config: RunConfig) -> None:
             f"config.benchmark.draft_strategies has {arm}; it must be a chain or a whole tree of "
             "the trained drafter, for rejection sampling verifies no others.",
         )
-    named = (*benchmark.strategies, *benchmark.grid_strategies, *benchmark.draft_strategies)
-    deepest = max(Strategy.parse(text).depth for text in named)
+    every = (*benchmark.strategies, *benchmark.grid_strategies, *benchmark.draft_strategies)
+    deepest = max(Strategy.parse(text).depth for text in every)
     for name, tokens, depth in (
         ("rollout.chunk_tokens", rollout.chunk_tokens, deepest),
         ("benchmark.other_chunk_tokens", benchmark.other_chunk_tokens, rollout.deepest),
