@@ -131,11 +131,19 @@ def _speed_axes(axes: Axes, rows: Sequence[int], label: str, title: str) -> None
     axes.set(xlabel=label, ylabel="times as fast as plain decoding")
     axes.set_title(title)
     axes.grid(axis="y")
-    axes.legend(ncols=2)
+    _legend_above(axes)
 
 
 def _length_axes(axes: Axes, title: str) -> None:
     axes.set(xlabel="verified tokens", ylabel="tokens per round and sequence")
     axes.set_title(title)
     axes.grid(axis="y")
-    axes.legend(ncols=2)
+    _legend_above(axes)
+
+
+def _legend_above(axes: Axes) -> None:
+    """A legend in two columns over the lines, with room made for it."""
+    count = len(axes.get_legend_handles_labels()[1])
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.045 * (count + 1) * (high - low))
+    axes.legend(ncols=2, loc="upper left")
