@@ -194,10 +194,9 @@ def test_a_killed_process_is_resumed_by_the_same_command(
     arrays, record = checkpoints.restore(STEPS, wanted.arrays())
     checkpoints.close()
     controller = Controller.from_record(record["controller"])
-    state = dataclasses.replace(
-        wanted, steps_done=record["steps_done"], controller=controller, **arrays
-    )
-    _assert_same_run(workdir, state, unbroken)
+    carry = dataclasses.replace(wanted.carry, controller=controller)
+    state = dataclasses.replace(wanted, steps_done=record["steps_done"], carry=carry)
+    _assert_same_run(workdir, state.with_arrays(**arrays), unbroken)
 
 
 def test_a_damaged_checkpoint_is_told_and_can_be_removed(unbroken, config, compile_cache, tmp_path):
