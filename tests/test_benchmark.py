@@ -10,7 +10,7 @@ import toy_run
 
 from tlt_jax import benchmark, benchmark_parts, pool_price, profiling, race, step_price
 from tlt_jax.program_pool import ProgramPool
-from tlt_jax.types import Strategy
+from tlt_jax.types import Strategy, UserError
 
 MODES = {
     "plain",
@@ -74,6 +74,13 @@ def test_parts_measured_before_stay(run):
     only = dataclasses.replace(config.benchmark, parts=("memory",))
     again = benchmark.benchmark(dataclasses.replace(config, benchmark=only), folder)
     assert again | {"memory": None} == json.loads(json.dumps(results)) | {"memory": None}
+
+
+def test_an_unknown_part_is_refused_before_anything_is_measured(run, tmp_path):
+    changed = dataclasses.replace(run[0].benchmark, parts=("memory", "gird"))
+    with pytest.raises(UserError, match="'gird', which is no part: did you mean 'grid'"):
+        benchmark.benchmark(dataclasses.replace(run[0], benchmark=changed), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_are_drawn(run):

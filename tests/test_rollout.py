@@ -1,28 +1,17 @@
 """Rollouts of policies with known behaviour, and sampling exactly as plain decoding does it."""
 
-import collections
-import functools
-
 import jax
 import numpy as np
 import pytest
 import toy_engine
 from toy_engine import BOS, NEVER, SHAPE, STOP
 
-from tlt_jax import bandit as bandit_lib
-from tlt_jax import choice, learner, metrics, packing
-from tlt_jax.bandit import WINDOW
-from tlt_jax.choice import Choice
-from tlt_jax.controller import FRESH, Controller, calibrate
-from tlt_jax.types import Strategy, UserError
+from tlt_jax import learner, metrics, packing
+from tlt_jax.controller import FRESH, calibrate
+from tlt_jax.types import UserError
 
 LENGTHS = (30, 3, 5, 2, 8, 12, 1, 7)  # even sequences on slice 0, odd ones on slice 1
 CHAINS_AND_PLAIN = pytest.mark.parametrize("name", ["main", "plain"])
-
-
-def _counted(prompt, count):
-    """The prompt and `count` further tokens of `counting`."""
-    return [*prompt, *((prompt[-1] + 1 + np.arange(count)) % SHAPE.vocab_size)]
 
 
 @CHAINS_AND_PLAIN
@@ -31,7 +20,7 @@ def test_counting_to_the_stop_token(name):
     asked = toy_engine.counting_prompts(*LENGTHS)
     result = toy_engine.roll(toy_engine.engine(name), toy_engine.counting(), asked)
     for response, prompt, count in zip(result.responses, asked, LENGTHS, strict=True):
-        assert response.tokens.tolist() == _counted(prompt, count)
+        assert response.tokens.tolist() == toy_engine.counted(prompt, count)
         assert response.tokens[-1] == STOP and response.prompt_length == 2
     assert {(r.rows, r.length) for r in result.chunks} >= {(4, 24), (1, 48)}
 
@@ -42,7 +31,7 @@ def test_counting_to_the_limit(name):
     programs, models = toy_engine.engine(name), toy_engine.counting()
     result = toy_engine.roll(programs, models, asked, stop_tokens=(NEVER,))
     for response, prompt in zip(result.responses, asked, strict=True):
-        assert response.tokens.tolist() == _counted(prompt, 34)
+        assert response.tokens.tolist() == toy_engine.counted(prompt, 34)
 
 
 @pytest.fixture(scope="module")
@@ -148,222 +137,6 @@ def test_the_ngram_drafter_knows_the_responses_of_the_rollout_before():
     assert lengths[0] < 4 < lengths[1], lengths
 
 
-def _bandit_roll(**changes):
-    programs = toy_engine.engine("bandit").having(chunk_tokens=5, **changes)
-    seed, asked, _ = toy_engine.tailed()
-    models = toy_engine.random_policy(), toy_engine.random_drafter()
-    return functools.partial(toy_engine.roll, programs, models, asked, seed=seed), programs
-
-
-def test_the_bandit_learns_what_each_chunk_gave():
-    """Tokens per second of the bucket, as if all its rows were live; the next rollout goes on."""
-    roll, _ = _bandit_roll(epsilon=0.5)
-    first = roll()
-    known = {
-        (arm.rows, arm.strategy): list(arm.rewards) for arm in first.carry.controller.bandit.arms
-    }
-    wanted = collections.defaultdict(list)
-    for record in first.chunks:
-        rounds = sum(record.row_rounds)
-        speed = record.rows * max(record.rounds_run) / record.seconds
-        wanted[record.rows, record.strategy].append(sum(record.committed) / rounds * speed)
-    assert known == {arm: pytest.approx(rewards[-WINDOW:]) for arm, rewards in wanted.items()}
-    assert first.carry.controller.bandit.choices == len(first.chunks)
-    assert {record.chosen for record in first.chunks} == {"best", "explored"}
-    second = roll(controller=first.carry.controller)
-    assert second.carry.controller.bandit.choices == len(first.chunks) + len(second.chunks)
-
-
-def _log_of(result):
-    return [
-        Choice(Strategy.parse(record.strategy), record.chosen, record.give_up_below)
-        for record in result.chunks
-    ]
-
-
-def test_a_log_of_choices_can_be_replayed():
-    """The same programs in the same order, whatever the clocks say."""
-    roll, programs = _bandit_roll(epsilon=0.5)
-    first = roll()
-    ran = list(programs.kinds)
-    assert len(set(ran)) >= 3
-    log = _log_of(first)
-    programs.kinds.clear()
-    again = roll(replay=log)
-    assert programs.kinds == ran
-    assert {record.chosen for record in again.chunks} == {"replayed"}
-    with pytest.raises(UserError, match=f"has {len(log) - 1} chunks for this rollout, which needs"):
-        roll(replay=log[:-1])
-    with pytest.raises(
-        UserError, match=r"chunk 0 to replay ran chain-4, but .* only 'plain chain-2'"
-    ):
-        roll(replay=[Choice(Strategy(4), "best")])
-
-
-def test_a_log_of_choices_can_be_replayed_on_another_mesh():
-    """Twice the devices: the same programs in the same order, and the same tokens."""
-    seed, asked, _ = toy_engine.tailed()
-    models = toy_engine.random_policy(), toy_engine.random_drafter()
-    ran, tokens, log = [], [], None
-    for name in ("one bandit", "one bandit on tensor"):
-        programs = toy_engine.engine(name).having(chunk_tokens=5, epsilon=0.5)
-        result = toy_engine.roll(programs, models, asked, seed=seed, replay=log)
-        log = _log_of(result)
-        ran.append(list(programs.kinds))
-        tokens.append(toy_engine.tokens_of(result))
-    assert ran[0] == ran[1] and len(set(ran[0])) == 2
-    settings, target = programs.rollout, toy_engine.random_policy()
-    assert not toy_engine.unexplained(*tokens, target, settings, seed=seed)
-
-
-@pytest.mark.parametrize("deal_by_length", [True, False])
-def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
-    """In turn, slice 0 gets all long ones; in the second epoch each slice gets two of them."""
-    programs = toy_engine.engine("plain").having(temperature=0.0, deal_by_length=deal_by_length)
-    lengths = [28, 3, 27, 4, 26, 5, 25, 6]
-    asked = toy_engine.counting_prompts(*lengths)
-    models, controller, rounds = toy_engine.counting(), FRESH, []
-    for _ in range(2):
-        result = toy_engine.roll(programs, models, asked, controller=controller)
-        assert [len(response.response) for response in result.responses] == lengths
-        controller = result.carry.controller
-        by_slice = np.sum([record.committed for record in result.chunks], axis=0)
-        rounds.append(by_slice.tolist())
-    assert rounds[0] == [28 + 27 + 26 + 25, 3 + 4 + 5 + 6]
-    assert (max(rounds[1]) < 70) == deal_by_length, rounds
-
-
-def test_each_sequence_of_a_queue_is_stored_once():
-    """A slot that was given to another sequence stores that one, too."""
-    programs = toy_engine.engine("queue").having(temperature=0.0)
-    asked = toy_engine.counting_prompts(*[3, 4, 5, 6] * 4)
-    result = toy_engine.roll(programs, toy_engine.counting(), asked)
-    buffer = jax.device_get(result.carry.buffer)
-    stored = []
-    for tokens, ids in zip(buffer.tokens, buffer.segment_ids, strict=True):
-        for row, segments in zip(tokens, ids, strict=True):
-            found = sorted(set(segments.tolist()) - {-1})
-            stored += [row[segments == segment].tolist() for segment in found]
-    assert sorted(stored) == sorted(r.tokens[:-1].tolist() for r in result.responses)
-
-
-@pytest.mark.parametrize("refill", [True, False])
-def test_those_who_wait_get_slots_as_they_fall_free(refill):
-    """Sixteen sequences on twice two slots; without `refill` four at a time."""
-    programs = toy_engine.engine("queue").having(refill=refill, chunk_tokens=6, temperature=0.0)
-    lengths = [30, 3, 5, 2, 8, 12, 1, 7, 4, 4, 9, 20, 2, 6, 11, 3]
-    handed = []
-    result = toy_engine.roll(
-        programs,
-        toy_engine.counting(),
-        toy_engine.counting_prompts(*lengths),
-        on_finished=handed.append,
-    )
-    assert [len(response.response) for response in result.responses] == lengths
-    assert sorted(response.sequence for response in handed) == list(range(16))
-    full = [record for record in result.chunks if record.live == [2, 2]]
-    if refill:
-        assert len(full) >= len(result.chunks) - 5
-        assert 0 not in [response.sequence for response in handed[:8]]
-        last = max(i for i, record in enumerate(result.chunks) if record.live == [2, 2])
-        assert {record.rows for record in result.chunks[: last + 1]} == {2}
-    else:
-        waves = [{response.sequence for response in handed[i : i + 4]} for i in range(0, 16, 4)]
-        assert waves == [set(range(i, i + 4)) for i in range(0, 16, 4)]
-
-
-def test_the_long_ones_do_not_wait():
-    """Last in the first epoch, they come first in the second, which is over sooner."""
-    programs = toy_engine.engine("queue").having(temperature=0.0, chunk_tokens=9)
-    lengths = [9, 9, 9, 9, 9, 9, 30, 30]
-    asked, models = toy_engine.counting_prompts(*lengths), toy_engine.counting()
-    first = toy_engine.roll(programs, models, asked)
-    second = toy_engine.roll(programs, models, asked, controller=first.carry.controller)
-    rounds = [sum(max(r.rounds_run) for r in result.chunks) for result in (first, second)]
-    assert rounds[1] < rounds[0], rounds
-
-
-@pytest.fixture
-def steady_clock(monkeypatch):
-    """A round of plain decoding takes a second, one of a chain 1.6, whatever the machine does."""
-    now, chunk = [0.0], toy_engine.Engine.chunk
-
-    def timed(self, kind, *arguments):
-        result = chunk(self, kind, *arguments)
-        now[0] += int(result[-1].stats.rounds.max()) * (1.0 if kind.strategy.is_plain else 1.6)
-        return result
-
-    monkeypatch.setattr(toy_engine.Engine, "chunk", timed)
-    monkeypatch.setattr(toy_engine.rollout.time, "monotonic", lambda: now[0])
-
-
-def test_a_broken_drafter_is_left_within_three_rounds_and_said_once(steady_clock, capsys):
-    """And taken up again when it is whole; the tokens stay those of plain decoding."""
-    programs = toy_engine.engine("bandit").having(temperature=0.0, epsilon=0.2, chunk_tokens=24)
-    target, whole = toy_engine.counting()
-    broken = jax.tree.map(lambda x: x * np.nan, whole)
-    asked = toy_engine.counting_prompts(*[31] * 8)
-    controller, told, speculative = FRESH, [], []
-    for step, draft in enumerate([whole] * 3 + [broken] * 6 + [whole] * 12):
-        result = toy_engine.roll(programs, (target, draft), asked, seed=step, controller=controller)
-        for tokens, prompt in zip(toy_engine.tokens_of(result), asked, strict=True):
-            assert tokens.tolist() == _counted(prompt, 31)
-        controller = result.carry.controller
-        told.append(capsys.readouterr().out.splitlines())
-        drafted = [record for record in result.chunks if record.strategy != "plain"]
-        speculative.append(len(drafted) / len(result.chunks))
-        assert draft is whole or {max(record.rounds_run) for record in drafted} <= {3}
-    fallen = "trained drafter: hardly a draft is accepted; its strategies are left alone"
-    assert told[:9] == [[], [], [], [fallen]] + [[]] * 5
-    assert [line for lines in told[9:] for line in lines] == [
-        "trained drafter: drafts are accepted again"
-    ]
-    assert controller.broken == () and np.mean(speculative[-3:]) > 0.6
-
-
-def test_a_chunk_that_gave_up_gives_up_again_when_it_is_replayed(steady_clock):
-    """When it ends follows from the log, too, and not from what the bandit knows by then."""
-    programs = toy_engine.engine("bandit").having(temperature=0.0, epsilon=1.0, chunk_tokens=24)
-    target, whole = toy_engine.counting()
-    models = target, jax.tree.map(lambda x: x * np.nan, whole)
-    asked = toy_engine.counting_prompts(*[31] * 8)
-    first = toy_engine.roll(programs, models, asked)
-    assert any(r.strategy == "chain-2" and max(r.rounds_run) == 3 < r.rounds for r in first.chunks)
-    enthusiast = bandit_lib.update(FRESH.bandit, 4, Strategy(2), 1e6, accept_length=1e-3)
-    for controller in (FRESH, Controller(bandit=enthusiast)):
-        again = toy_engine.roll(
-            programs, models, asked, replay=_log_of(first), controller=controller
-        )
-        assert [r.rounds_run for r in again.chunks] == [r.rounds_run for r in first.chunks]
-        assert [r.strategy for r in again.chunks] == [r.strategy for r in first.chunks]
-
-
-def test_the_first_process_decides(monkeypatch):
-    """Which strategy, and when to give it up: what this process says itself does not count."""
-    told = np.array([1, 1.75], np.float32)
-    monkeypatch.setattr(choice.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(choice.multihost_utils, "broadcast_one_to_all", lambda said: told)
-    programs = toy_engine.engine("bandit").having(epsilon=0.0)
-    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
-    assert (str(chosen.strategy), chosen.give_up_below) == ("chain-2", 1.75)
-    told[0] = 0
-    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
-    assert str(chosen.strategy) == "plain"
-
-
-@pytest.mark.parametrize("threshold", [1, 2])
-def test_a_threshold_turns_speculation_on_for_the_tail(threshold):
-    result = _bandit_roll(threshold=threshold)[0]()
-    assert {record.chosen for record in result.chunks} == {"threshold"}
-    assert {record.give_up_below for record in result.chunks} == {0.0}  # there is no other choice
-    seen = set()
-    for record in result.chunks:
-        few = max(record.live) <= threshold
-        assert record.strategy == ({4: "chain-2", 1: "ngram-3"}[record.rows] if few else "plain")
-        seen.add(record.strategy)
-    assert seen >= {"plain", "ngram-3"}
-
-
 @pytest.mark.parametrize("length", [0, 7])
 def test_a_prompt_that_does_not_fit_is_named(length):
     asked = toy_engine.prompts(8)
@@ -391,14 +164,8 @@ def test_fewer_prompts_than_slots(random_rollout):
 def test_finished_sequences_are_stored_once_with_their_features(random_rollout):
     """Each slice's buffer holds its own responses less the last token, as the policy sees them."""
     _, result = random_rollout
-    buffer = jax.device_get(result.carry.buffer)
-    assert buffer.segments.tolist() == [4, 4]
-    for slice_ in range(2):
-        stored = []
-        for row in range(buffer.tokens.shape[1]):
-            segments = buffer.segment_ids[slice_, row]
-            for segment in sorted(set(segments.tolist()) - {-1}):
-                stored.append(buffer.tokens[slice_, row][segments == segment].tolist())
+    assert result.carry.buffer.segments.tolist() == [4, 4]
+    for slice_, stored in enumerate(toy_engine.stored(result.carry.buffer)):
         own = [r.tokens[:-1].tolist() for r in result.responses[slice_::2]]
         assert sorted(stored) == sorted(own)
 

@@ -169,6 +169,23 @@ def counting_prompts(*lengths):
     return [np.array([(STOP - n - 1) % size, (STOP - n) % size], np.int32) for n in lengths]
 
 
+def counted(prompt, count):
+    """The prompt and `count` further tokens of `counting`."""
+    return [*prompt, *((prompt[-1] + 1 + np.arange(count)) % SHAPE.vocab_size)]
+
+
+def stored(buffers):
+    """Token lists of the sequences in each slice's data buffer."""
+    buffers = jax.device_get(buffers)
+    found = []
+    for rows, ids in zip(buffers.tokens, buffers.segment_ids, strict=True):
+        found.append([])
+        for row, segments in zip(rows, ids, strict=True):
+            held = sorted(set(segments.tolist()) - {-1})
+            found[-1] += [row[segments == segment].tolist() for segment in held]
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine(RolloutPrograms):
     """Programs that note how many warming up compiled, and which kinds of chunk they ran."""

@@ -7,7 +7,7 @@ rated by what it gave, beside the others, in the nearest bucket; one that was tr
 cost model, which also says in which order to try what is new, so that a cold start is not random.
 
 The state is frozen and on the host. Rewards come from a clock: where several processes run, one of
-them decides (`rollout`). Nothing here draws random numbers: exploration follows from a counter.
+them decides (`choice`). Nothing here draws random numbers: exploration follows from a counter.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ from tlt_jax import (
     weights,
 )
 from tlt_jax.benchmark_parts import PARTS
-from tlt_jax.config import RunConfig
+from tlt_jax.config import RunConfig, nearest
 from tlt_jax.race import Subject
 from tlt_jax.reporting import benchmark_plots
 from tlt_jax.reporting.writers import write_atomically, write_csv
@@ -80,10 +80,19 @@ def load_subject(config: RunConfig, workdir: pathlib.Path) -> Subject:
 
 
 def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
-    """Measures the parts asked for; returns what is written to `benchmark.json`."""
+    """Measures the parts asked for; returns what is written to `benchmark.json`.
+
+    Raises:
+      UserError: there is no such part.
+    """
+    for name in config.benchmark.parts:
+        if name not in PARTS:
+            hint = nearest(name, PARTS)
+            raise UserError(f"config.benchmark.parts has '{name}', which is no part: {hint}")
     subject, path = load_subject(config, workdir), workdir / "benchmark.json"
     print(f"weights: {subject.origin}", flush=True)
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results = {name: part for name, part in before.items() if name in PARTS}
     for name in config.benchmark.parts:
         findings = []
         for finding in PARTS[name](subject):
@@ -130,9 +139,6 @@ def main(argv: list[str]) -> None:
         argv, slices=lambda config: max([config.mesh.slices, *config.benchmark.other_slices])
     )
     validation.validate_benchmark(config)
-    for name in config.benchmark.parts:
-        if name not in PARTS:
-            raise UserError(f"config.benchmark.parts has '{name}'; there are {', '.join(PARTS)}.")
     jax.config.update("jax_compilation_cache_dir", str((workdir / "xla_cache").absolute()))
     benchmark(config, workdir)
     print(f"wrote {workdir / 'benchmark.json'}", flush=True)

@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tlt_jax import pool_price, profiling, step_price
@@ -20,13 +21,9 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     """Modes compared on batches of `batch` sequences; the first one is plain decoding."""
     base = _sized(config, batch)
     slices = config.mesh.slices
-    plain = dataclasses.replace(base, speculate=False)
-    fixed = [
-        Mode(strategy, throughout(base, strategy), slices, timed=True)
-        for strategy in config.benchmark.strategies
-    ]
+    plain, *fixed = _plain_and_fixed(config, base, config.benchmark.strategies)
     compared = [
-        Mode("plain", plain, slices, timed=True),
+        plain,
         *fixed,
         Mode("by bucket", base, slices, timed=True),
         _bandit(config, base),
@@ -38,7 +35,7 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
     deepest = max(config.benchmark.strategies, key=lambda text: Strategy.parse(text).depth)
     return [
         *compared,
-        *[Mode(f"plain, {count} slices", plain, count) for count in others],
+        *[Mode(f"plain, {count} slices", plain.rollout, count) for count in others],
         *[Mode(f"by bucket, {count} slices", base, count) for count in others],
         Mode(f"{deepest}, frozen drafter", throughout(base, deepest), slices, drafter="frozen"),
         Mode(f"by bucket, chunks of {chunked.chunk_tokens}", chunked, slices),
@@ -47,22 +44,15 @@ def modes(config: RunConfig, batch: int) -> list[Mode]:
 
 def queue_modes(config: RunConfig) -> list[Mode]:
     """Modes with `QUEUE` times as many sequences as a step has, in the slots of a step."""
-    slices = config.mesh.slices
-    per_slice = -(-config.rollout.num_sequences // slices)
-    buckets = config.rollout.row_buckets
-    first = min((rows for rows in buckets if rows >= per_slice), default=buckets[0])
+    slices, usual = config.mesh.slices, config.rollout
+    first = usual.row_buckets.index(usual.slots(slices))
     base = dataclasses.replace(
-        _sized(config, QUEUE * config.rollout.num_sequences),
-        row_buckets=buckets[buckets.index(first) :],
-        strategies=config.rollout.strategies[buckets.index(first) :],
+        _sized(config, QUEUE * usual.num_sequences),
+        row_buckets=usual.row_buckets[first:],
+        strategies=usual.strategies[first:],
     )
-    plain = dataclasses.replace(base, speculate=False)
     return [
-        Mode("plain", plain, slices, timed=True),
-        *[
-            Mode(strategy, throughout(base, strategy), slices, timed=True)
-            for strategy in config.benchmark.strategies
-        ],
+        *_plain_and_fixed(config, base, config.benchmark.strategies),
         Mode("by bucket", base, slices, timed=True),
         _bandit(config, base),
         Mode("by bucket, no refill", dataclasses.replace(base, refill=False), slices, timed=True),
@@ -81,14 +71,7 @@ def grid_modes(config: RunConfig, rows: int) -> list[Mode]:
         strategies=("plain",),
         length_buckets=config.rollout.length_buckets[-1:],
     )
-    plain = dataclasses.replace(base, speculate=False)
-    return [
-        Mode("plain", plain, config.mesh.slices, timed=True),
-        *[
-            Mode(strategy, throughout(base, strategy), config.mesh.slices, timed=True)
-            for strategy in config.benchmark.grid_strategies
-        ],
-    ]
+    return _plain_and_fixed(config, base, config.benchmark.grid_strategies)
 
 
 def draft_modes(config: RunConfig, temperature: float) -> list[Mode]:
@@ -96,25 +79,26 @@ def draft_modes(config: RunConfig, temperature: float) -> list[Mode]:
     base = dataclasses.replace(
         _sized(config, config.rollout.num_sequences), temperature=temperature
     )
-    found = [Mode("plain", dataclasses.replace(base, speculate=False), config.mesh.slices, True)]
-    for strategy in config.benchmark.draft_strategies:
-        coupled = throughout(base, strategy)
-        likely = dataclasses.replace(coupled, shared_noise=False)
-        rejecting = dataclasses.replace(coupled, verification="rejection")
+    plain, *fixed = _plain_and_fixed(config, base, config.benchmark.draft_strategies)
+    found = [plain]
+    for coupled in fixed:
+        likely = dataclasses.replace(coupled.rollout, shared_noise=False)
+        rejecting = dataclasses.replace(coupled.rollout, verification="rejection")
+        vary = functools.partial(dataclasses.replace, coupled)
         found += [
-            Mode(strategy, coupled, config.mesh.slices, timed=True),
-            Mode(f"{strategy}, most likely", likely, config.mesh.slices, timed=True),
-            Mode(f"{strategy}, rejection", rejecting, config.mesh.slices, timed=True, exact=False),
+            coupled,
+            vary(name=f"{coupled.name}, most likely", rollout=likely),
+            vary(name=f"{coupled.name}, rejection", rollout=rejecting, exact=False),
         ]
     return found
 
 
 def broken_modes(config: RunConfig) -> list[Mode]:
     """The bandit with drafters that are of no use, which it finds out anew in each rollout."""
-    base, slices = _sized(config, config.rollout.num_sequences), config.mesh.slices
+    base = _sized(config, config.rollout.num_sequences)
     bandit = _bandit(config, base)
     return [
-        Mode("plain", dataclasses.replace(base, speculate=False), slices, timed=True),
+        *_plain_and_fixed(config, base, ()),
         bandit,
         *[
             dataclasses.replace(
@@ -140,6 +124,15 @@ def _sized(config: RunConfig, batch: int) -> RolloutConfig:
         deal_by_length=True,
         refill=True,
     )
+
+
+def _plain_and_fixed(
+    config: RunConfig, base: RolloutConfig, strategies: Sequence[str]
+) -> list[Mode]:
+    """Timed modes: plain decoding, then each strategy in all buckets."""
+    slices = config.mesh.slices
+    plain = Mode("plain", dataclasses.replace(base, speculate=False), slices, timed=True)
+    return [plain, *(Mode(s, throughout(base, s), slices, timed=True) for s in strategies)]
 
 
 def _bandit(config: RunConfig, base: RolloutConfig) -> Mode:

@@ -94,46 +94,7 @@ def chunk_program(
     buffer, library and rows are donated. Without a drafter, drafter state and buffer are None;
     without an n-gram drafter the library is.
     """
-
-    def chunk(target, state, buffer, library, sampler, orders, rows):
-        models = Models(
-            target=target,
-            draft=None if state is None else sharding.cast(state.params, config.dtype),
-            texts=_texts(kind.strategy, library, rows),
-        )
-        began = rows.live
-        version = jnp.int32(0) if state is None else state.version
-        with jax.named_scope("rollout"):
-            rows = refresh_draft_cache(models, config, kind.strategy, rows)
-        work = SliceWork(
-            rows=rows,
-            stats=zero_stats(kind.strategy),
-            buffer=None if buffer is None else jax.tree.map(lambda x: x[0], buffer),
-            total=spot_training.zero_sum(state.params) if kind.training else None,
-            microbatches=jnp.int32(0),
-        )
-        roll = functools.partial(_roll, models, config, kind.strategy, sampler, orders)
-        loss = jnp.float32(jnp.nan)
-        if kind.training:
-            key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
-            key = jax.random.fold_in(key, orders.index)
-            train = functools.partial(_train, state.params, target, config, drafter_config, key)
-            work = run_blocks(roll, train, kind.block, orders.rounds, work)
-            assert work.total is not None
-            state, loss = _update(drafter_config, state, work.total)
-        else:
-            work = roll(work, orders.rounds)
-        report = ChunkReport(
-            stats=work.stats,
-            microbatches=work.microbatches,
-            draft_loss=loss,
-            draft_version=version,
-        )
-        buffer = None if buffer is None else jax.tree.map(lambda x: x[None], work.buffer)
-        if library is not None:
-            library = _add_ended(library, work.rows, began & ~work.rows.live)
-        return state, buffer, library, work.rows, jax.tree.map(lambda x: x[None], report)
-
+    chunk = functools.partial(_chunk, config, drafter_config, kind)
     split = P(SLICE)
     specs = (P(), P(), split, P(), P(), P(), split)
     by_slice = sharding.per_slice(mesh)
@@ -148,6 +109,60 @@ def chunk_program(
             by_slice,
         ),
     )
+
+
+def _chunk(
+    config: PolicyConfig,
+    drafter_config: DrafterConfig,
+    kind: ChunkKind,
+    target: Any,
+    state: DrafterState | None,
+    buffer: DrafterBuffer | None,
+    library: Library | None,
+    sampler: Sampler,
+    orders: ChunkOrders,
+    rows: RolloutState,
+) -> tuple[Any, ...]:
+    """A chunk of one slice; see `chunk_program`."""
+    models = Models(
+        target=target,
+        draft=None if state is None else sharding.cast(state.params, config.dtype),
+        texts=_texts(kind.strategy, library, rows),
+    )
+    began = rows.live
+    version = jnp.int32(0) if state is None else state.version
+    with jax.named_scope("rollout"):
+        rows = refresh_draft_cache(models, config, kind.strategy, rows)
+    work = SliceWork(
+        rows=rows,
+        stats=zero_stats(kind.strategy),
+        buffer=None if buffer is None else jax.tree.map(lambda x: x[0], buffer),
+        total=None,
+        microbatches=jnp.int32(0),
+    )
+    roll = functools.partial(_roll, models, config, kind.strategy, sampler, orders)
+    loss = jnp.float32(jnp.nan)
+    if kind.training:
+        assert state is not None, "there is no drafter to train"
+        work = dataclasses.replace(work, total=spot_training.zero_sum(state.params))
+        key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
+        key = jax.random.fold_in(key, orders.index)
+        train = functools.partial(_train, state.params, target, config, drafter_config, key)
+        work = run_blocks(roll, train, kind.block, orders.rounds, work)
+        assert work.total is not None
+        state, loss = _update(drafter_config, state, work.total)
+    else:
+        work = roll(work, orders.rounds)
+    report = ChunkReport(
+        stats=work.stats,
+        microbatches=work.microbatches,
+        draft_loss=loss,
+        draft_version=version,
+    )
+    buffer = None if buffer is None else jax.tree.map(lambda x: x[None], work.buffer)
+    if library is not None:
+        library = _add_ended(library, work.rows, began & ~work.rows.live)
+    return state, buffer, library, work.rows, jax.tree.map(lambda x: x[None], report)
 
 
 def _texts(strategy: Strategy, library: Library | None, rows: RolloutState) -> Texts | None:

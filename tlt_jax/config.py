@@ -128,6 +128,11 @@ class RolloutConfig:
         """Whether top-k or top-p filtering is part of the programs."""
         return self.top_k > 0 or self.top_p < 1.0
 
+    def slots(self, slices: int) -> int:
+        """Rows per slice that a rollout starts with."""
+        per_slice = -(-self.num_sequences // slices)
+        return min((b for b in self.row_buckets if b >= per_slice), default=self.row_buckets[0])
+
     def arms(self, rows: int) -> tuple[Strategy, ...]:
         """Strategies of the bucket of `rows` rows per slice."""
         if not self.speculate:

@@ -14,6 +14,7 @@ of that the largest counts.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -103,7 +104,7 @@ def _prices(runner: Runner, wanted: list[Place]) -> dict[Place, Price]:
     """Compiles each program twice, on as many threads as there are cores."""
     arrays = runner.beginning().arrays
     with _fresh_cache(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        compile_one = lambda place: _compile(runner, place, arrays)  # noqa: E731
+        compile_one = functools.partial(_compile, runner, arrays)
         cold = list(threads.map(compile_one, wanted))
         cached = list(threads.map(compile_one, wanted))
     return {
@@ -112,7 +113,7 @@ def _prices(runner: Runner, wanted: list[Place]) -> dict[Place, Price]:
     }
 
 
-def _compile(runner: Runner, place: Place, arrays: tuple[Any, ...]) -> tuple[int, int, float]:
+def _compile(runner: Runner, arrays: tuple[Any, ...], place: Place) -> tuple[int, int, float]:
     """Code and scratch bytes of a program, and seconds of compiling it."""
     programs = runner.programs
     kind = programs.kind(place.rows, place.strategy, training=False)

@@ -50,9 +50,7 @@ class RolloutPrograms:
     @property
     def first_rows(self) -> int:
         """Row bucket that a rollout starts in: its slots per slice."""
-        per_slice = -(-self.rollout.num_sequences // self.slices)
-        buckets = self.rollout.row_buckets
-        return min((rows for rows in buckets if rows >= per_slice), default=buckets[0])
+        return self.rollout.slots(self.slices)
 
     @property
     def refill_rows(self) -> int:

@@ -32,7 +32,6 @@ from tlt_jax.types import Strategy
 # training branch runs, and no gradients are reduced for nothing.
 NEARLY_IDLE_ROWS = 2
 
-
 BROKEN_BELOW = 1 / 3
 """A drafter is broken if so few of its first guesses are right in a chunk that gave up."""
 
@@ -223,6 +222,7 @@ def _launch(
     """Runs a chunk program, updates the flight, and records what happened."""
     before = flight.seats.live_by_slice
     index = len(flight.chunks)
+    jax.block_until_ready(flight.seats.rows)  # what made them is no part of the chunk's time
     start = time.monotonic()
     orders = programs.orders(
         kind.strategy,

@@ -78,7 +78,6 @@ def begin(programs: RolloutPrograms, target: Any, queue: Queue) -> Seats:
     hands = dealing.deal(queue.waiting, queue.expected, slices=slices, rows=rows)
     batch = queue.asked.arrays(hands, rows=rows)
     state = programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
-    jax.block_until_ready(state)
     return Seats.of(state, batch[3] != INVALID, batch[1], slices)
 
 
@@ -96,7 +95,6 @@ def seat(
         return begin(programs, target, queue)
     while queue.waiting and not seats.live.all():
         seats = _refill(programs, target, drafter_state, queue, seats)
-    jax.block_until_ready(seats.rows)  # or the next chunk would seem to take longer than it does
     return seats
 
 
