@@ -26,8 +26,8 @@ def test_prompts_are_dealt_by_the_lengths_of_the_epoch_before(deal_by_length):
 
 def test_each_sequence_of_a_queue_is_stored_once():
     """A slot that was given to another sequence stores that one, too."""
-    programs = toy_engine.engine("queue").having(temperature=0.0)
-    asked = toy_engine.counting_prompts(*[3, 4, 5, 6] * 4)
+    programs = toy_engine.engine("queue").having(temperature=0.0, chunk_tokens=6)
+    asked = toy_engine.counting_prompts(*[3, 20, 5, 12] * 4)
     result = toy_engine.roll(programs, toy_engine.counting(), asked)
     stored = [tokens for slice_ in toy_engine.stored(result.carry.buffer) for tokens in slice_]
     assert sorted(stored) == sorted(r.tokens[:-1].tolist() for r in result.responses)
