@@ -2,8 +2,10 @@
 
 import collections
 import functools
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_engine
@@ -13,6 +15,7 @@ from tlt_jax import choice
 from tlt_jax.bandit import WINDOW
 from tlt_jax.choice import Choice
 from tlt_jax.controller import FRESH, Controller
+from tlt_jax.program_pool import Recipe
 from tlt_jax.types import Strategy, UserError
 
 
@@ -40,6 +43,23 @@ def test_the_bandit_learns_what_each_chunk_gave():
     assert {record.chosen for record in first.chunks} == {"best", "explored"}
     second = roll(controller=first.carry.controller)
     assert second.carry.controller.bandit.choices == len(first.chunks) + len(second.chunks)
+
+
+def test_times_of_chunks_beside_a_compiler_teach_nothing():
+    roll, programs = _bandit_roll(epsilon=0.5)
+    release = threading.Event()
+
+    def slow():
+        assert release.wait(60)
+        return jax.jit(lambda x: x)
+
+    programs.pool.order([Recipe("slow", slow, (jnp.zeros(3),))])
+    try:
+        bandit = roll().carry.controller.bandit
+    finally:
+        release.set()
+        programs.pool.wait()
+    assert bandit.choices > 0 and not any(arm.rewards for arm in bandit.arms)
 
 
 def _log_of(result):
@@ -87,14 +107,19 @@ def test_a_log_of_choices_can_be_replayed_on_another_mesh():
 @pytest.fixture
 def steady_clock(monkeypatch):
     """A round of plain decoding takes a second, one of a chain 1.6, whatever the machine does."""
-    now, chunk = [0.0], toy_engine.Engine.chunk
+    now, chunk_program = [0.0], toy_engine.Engine.chunk_program
 
-    def timed(self, kind, *arguments):
-        result = chunk(self, kind, *arguments)
-        now[0] += int(result[-1].stats.rounds.max()) * (1.0 if kind.strategy.is_plain else 1.6)
-        return result
+    def timed_program(self, kind, arguments):
+        program = chunk_program(self, kind, arguments)
 
-    monkeypatch.setattr(toy_engine.Engine, "chunk", timed)
+        def timed(*arguments):
+            result = program(*arguments)
+            now[0] += int(result[-1].stats.rounds.max()) * (1.0 if kind.strategy.is_plain else 1.6)
+            return result
+
+        return timed
+
+    monkeypatch.setattr(toy_engine.Engine, "chunk_program", timed_program)
     monkeypatch.setattr(toy_engine.rollout.time, "monotonic", lambda: now[0])
 
 

@@ -53,7 +53,8 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, *
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
     orders = programs.orders(kind.strategy, rounds=rounds, **({"index": 0} | orders))
-    chunk = programs.chunk(kind, target, given[0], given[1], None, sampler, orders, given[2])
+    arguments = (target, given[0], given[1], None, sampler, orders, given[2])
+    chunk = programs.chunk_program(kind, arguments)(*arguments)
     return chunk[0], chunk[1], chunk[3], chunk[4]
 
 
@@ -153,8 +154,8 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     kind = programs.kind(ROWS, programs.arms(ROWS)[0], training=False)
     orders = programs.orders(kind.strategy, rounds=9, index=1)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
-    chunk = programs.chunk(kind, target, state_1, buffer, None, sampler, orders, rows)
-    _, buffer, _, rows, _ = chunk
+    arguments = (target, state_1, buffer, None, sampler, orders, rows)
+    _, buffer, _, rows, _ = programs.chunk_program(kind, arguments)(*arguments)
     assert not np.any(rows.live) and np.all(rows.stored)
     buffer, rows = jax.device_get((buffer, rows))
     assert buffer.segments.tolist() == [4, 3]

@@ -100,18 +100,16 @@ def test_drafter_loss_is_the_mean_over_updates():
 
 
 def test_a_rollouts_row():
-    row = metrics.rollout_metrics(CHUNKS, microbatch_seconds=0.4, rollout_seconds=10.0)
+    row = metrics.rollout_metrics(CHUNKS, 10.0)
     assert row["rounds"] == 8 + 8 + 4
     assert row["tokens"] == 56 + 25 + 14
     assert row["tokens_per_second"] == pytest.approx(9.5)
     assert (row["drafter_version"], row["drafter_updates"], row["drafter_loss"]) == (5, 1, 1.5)
-    assert row["idle_used_share"] == pytest.approx(0.5)
-    assert (
-        metrics.rollout_metrics([PLAIN], microbatch_seconds=0.4, rollout_seconds=1.0)[
-            "idle_used_share"
-        ]
-        is None
-    )
+
+
+def test_a_row_tells_how_idle_time_was_used():
+    assert metrics.idle_metrics(CHUNKS, 0.4)["idle_used_share"] == pytest.approx(0.5)
+    assert metrics.idle_metrics([PLAIN], 0.4)["idle_used_share"] is None
 
 
 def test_a_responses_row():

@@ -1,7 +1,8 @@
 """The pool compiles each program once, and a warmed-up rollout compiles nothing (promise 8)."""
 
+import gc
 import threading
-import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 import toy_engine
 
-from tlt_jax import sharding
+from tlt_jax import program_pool, sharding
 from tlt_jax.controller import Controller
-from tlt_jax.program_pool import ProgramPool, abstract
+from tlt_jax.program_pool import ProgramPool, Recipe, abstract
 from tlt_jax.types import Strategy
 
 
-def _adder(number):
-    return jax.jit(lambda x: x + number)
+def _recipe(number, *, before=lambda: None, argument=None):
+    """How to make a program that adds `number`; `before()` is called as it is made."""
+
+    def build():
+        before()
+        return jax.jit(lambda x: x + number)
+
+    return Recipe(number, build, (jnp.zeros(3) if argument is None else argument,))
 
 
 def test_a_program_is_built_once_per_key():
@@ -24,16 +31,16 @@ def test_a_program_is_built_once_per_key():
 
     def build(number):
         built.append(number)
-        return _adder(number)
+        return jax.jit(lambda x: x + number)
 
     x = jnp.zeros(3)
     for number in (1, 2, 1, 1):
-        program = pool.get(("add", number), lambda n=number: build(n), (x,))
+        program = pool.get(Recipe(number, lambda n=number: build(n), (x,)))
         np.testing.assert_array_equal(program(x), np.full(3, number))
-    assert built == [1, 2] and pool.compiled == len(pool) == 2
+    assert built == [1, 2] and pool.compiled == pool.surprises == len(pool) == 2
     pool.clear()
     assert len(pool) == 0
-    pool.get(("add", 1), lambda: build(1), (x,))
+    pool.get(Recipe(1, lambda: build(1), (x,)))
     assert built == [1, 2, 1] and pool.compiled == 3
 
 
@@ -41,7 +48,7 @@ def test_a_program_is_compiled_for_shapes_alone():
     """No array has to exist, and a call with another shape fails instead of compiling."""
     pool = ProgramPool()
     shape = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.zeros(3).sharding)
-    program = pool.get("add", lambda: _adder(1), (shape,))
+    program = pool.get(_recipe(1, argument=shape))
     np.testing.assert_array_equal(program(jnp.zeros(3)), np.ones(3))
     with pytest.raises(TypeError):
         program(jnp.zeros(4))
@@ -55,25 +62,67 @@ def test_abstract_keeps_shape_dtype_and_sharding():
     assert (held.shape, held.dtype, held.sharding) == ((4, 2), jnp.int32, whole.sharding)
 
 
-def test_warming_up_runs_every_job_at_once():
-    """Two jobs that wait for one another end, so they do run side by side."""
-    meeting = threading.Barrier(2, timeout=20)
-    ran = []
-
-    def job(index):
-        meeting.wait()
-        ran.append(index)
-
-    ProgramPool().warm_up([lambda: job(0), lambda: job(1)])
-    assert sorted(ran) == [0, 1]
+def test_what_is_ordered_is_compiled_side_by_side():
+    """Two that wait for one another end; what was ordered is no surprise."""
+    meeting, pool = threading.Barrier(2, timeout=20), ProgramPool()
+    pool.order([_recipe(1, before=meeting.wait), _recipe(2, before=meeting.wait)])
+    pool.wait()
+    np.testing.assert_array_equal(pool.get(_recipe(2))(jnp.zeros(3)), np.full(3, 2))
+    assert (pool.compiled, pool.surprises, pool.busy) == (2, 0, False)
 
 
-def test_a_job_that_fails_is_not_swallowed():
+def test_what_is_needed_at_once_does_not_wait_for_what_was_ordered_before(monkeypatch):
+    """One thread works on the first of three; the third is compiled by who asks for it."""
+    monkeypatch.setattr(program_pool.os, "cpu_count", lambda: 1)
+    begun, release, pool = threading.Event(), threading.Event(), ProgramPool()
+
+    def block():
+        begun.set()
+        assert release.wait(20)
+
+    pool.order([_recipe(1, before=block), _recipe(2), _recipe(3)])
+    assert begun.wait(20) and pool.busy
+    np.testing.assert_array_equal(pool.get(_recipe(3))(jnp.zeros(3)), np.full(3, 3))
+    assert pool.compiled == 1 and pool.busy
+    release.set()
+    pool.wait()
+    assert (pool.compiled, pool.surprises, len(pool)) == (3, 0, 3)
+
+
+def test_what_was_ordered_and_not_begun_can_be_left(monkeypatch):
+    monkeypatch.setattr(program_pool.os, "cpu_count", lambda: 1)
+    begun, release, pool = threading.Event(), threading.Event(), ProgramPool()
+    pool.order([_recipe(1, before=lambda: (begun.set(), release.wait(20))), _recipe(2)])
+    assert begun.wait(20)
+    pool.cancel()
+    release.set()
+    pool.wait()
+    assert pool.compiled == len(pool) == 1
+
+
+def test_what_does_not_compile_says_so_to_all_who_want_it():
     def fails():
         raise RuntimeError("does not compile")
 
+    pool = ProgramPool()
+    pool.order([_recipe(1), _recipe(2, before=fails)])
     with pytest.raises(RuntimeError, match="does not compile"):
-        ProgramPool().warm_up([lambda: time.sleep(0), fails])
+        pool.wait()
+    with pytest.raises(RuntimeError, match="does not compile"):
+        pool.get(_recipe(2))
+    with pytest.raises(RuntimeError, match="does not compile"):
+        ProgramPool().get(_recipe(2, before=fails))
+
+
+def test_no_arrays_are_kept_for_what_was_ordered():
+    release, pool, array = threading.Event(), ProgramPool(), jnp.zeros((4, 4))
+    held = weakref.ref(array)
+    pool.order([_recipe(1, before=lambda: release.wait(20), argument=array)])
+    del array
+    gc.collect()
+    assert held() is None and pool.busy
+    release.set()
+    pool.wait()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ def _machinery(programs, config=CONFIG, task=TASK):
         prompts=_Prompts(),
         programs=programs,
         replay=None,
-        microbatch_seconds=0.001,
         reward_threads=concurrent.futures.ThreadPoolExecutor(2),
     )
 
@@ -85,7 +84,9 @@ def _go_on(machinery, state, count):
 @pytest.fixture(scope="module")
 def machinery():
     made = _machinery(toy_engine.engine("main"))
-    return setup.warm_up(made, _first_state(made))
+    setup.order_programs(made, _first_state(made))
+    made.programs.pool.wait()
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def test_plain_decoding_needs_no_drafter(tmp_path):
     random = setup.initial_policy(toy_run.changed(config, warm_start_dir=""))
     weights.save(tmp_path / "policy.safetensors", random)  # and no drafter.safetensors
     machinery, state = setup.start(config)
-    machinery.reward_threads.shutdown()
+    machinery.close()
     assert state.carry.drafter is None and state.carry.buffer is None
 
 

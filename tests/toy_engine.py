@@ -193,9 +193,9 @@ class Engine(RolloutPrograms):
     warmed_up: int = 0
     kinds: list = dataclasses.field(default_factory=list)
 
-    def chunk(self, kind, *arguments):
+    def chunk_program(self, kind, arguments):
         self.kinds.append(kind)
-        return super().chunk(kind, *arguments)
+        return super().chunk_program(kind, arguments)
 
     def having(self, *, drafter=None, **changes):
         """Same compiled programs, other settings that are data; `kinds` begins anew."""

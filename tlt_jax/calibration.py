@@ -58,15 +58,11 @@ def microbatch_seconds(
 
     def timed(microbatches: int) -> float:
         orders = programs.orders(kind.strategy, rounds=microbatches * kind.block, index=0)
-        copied = jax.block_until_ready(
-            jax.tree.map(lambda x: x.copy(), (state, buffer, library, rows))
-        )
+        copied = jax.tree.map(lambda x: x.copy(), (state, buffer, library, rows))
+        arguments = (target, *copied[:3], sampler, orders, copied[3])
+        program = programs.chunk_program(kind, jax.block_until_ready(arguments))
         start = time.monotonic()
-        jax.block_until_ready(
-            programs.chunk(
-                kind, target, copied[0], copied[1], copied[2], sampler, orders, copied[3]
-            )
-        )
+        jax.block_until_ready(program(*arguments))
         return time.monotonic() - start
 
     timed(MICROBATCHES)

@@ -58,12 +58,19 @@ def drafter_loss(chunks: Sequence[ChunkRecord]) -> float | None:
     return float(np.mean(seen)) if seen else None
 
 
-def rollout_metrics(
-    chunks: Sequence[ChunkRecord], *, microbatch_seconds: float, rollout_seconds: float
-) -> dict[str, Any]:
-    """The rollout's part of a metrics row."""
+def idle_metrics(chunks: Sequence[ChunkRecord], microbatch_seconds: float) -> dict[str, Any]:
+    """What a metrics row says of idle time and what it was used for."""
     idle = idle_seconds(chunks)
     used = idle_training_seconds(chunks, microbatch_seconds)
+    return {
+        "idle_seconds": idle,
+        "idle_training_seconds": used,
+        "idle_used_share": used / idle if idle > 0 else None,
+    }
+
+
+def rollout_metrics(chunks: Sequence[ChunkRecord], rollout_seconds: float) -> dict[str, Any]:
+    """The rest of what a metrics row says of a rollout."""
     tokens = sum(sum(record.committed) for record in chunks)
     return {
         "accept_length": accept_length(chunks),
@@ -74,9 +81,6 @@ def rollout_metrics(
         "drafter_version": chunks[-1].drafter_version,
         "drafter_updates": sum(record.draft_loss is not None for record in chunks),
         "drafter_loss": drafter_loss(chunks),
-        "idle_seconds": idle,
-        "idle_training_seconds": used,
-        "idle_used_share": used / idle if idle > 0 else None,
     }
 
 

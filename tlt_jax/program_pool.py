@@ -1,9 +1,11 @@
 """All compiled programs of a run, made from one place so that none is compiled by surprise."""
 
 import concurrent.futures
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -14,38 +16,84 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-class ProgramPool:
-    """Programs by key, each compiled once.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a program is made: `build()` gives the jitted function to compile for `arguments`."""
 
-    `compiled` counts compilations; a step that raises it after warm-up had a surprise.
+    key: Hashable
+    build: Callable[[], Any]
+    arguments: tuple[Any, ...]  # arrays, or what `abstract` makes of them
+
+    def compile(self) -> Any:
+        return self.build().lower(*abstract(self.arguments)).compile()
+
+
+class ProgramPool:
+    """Programs by key, each compiled once: ordered ahead of need, or when asked for.
+
+    What is ordered is compiled in the background, in the order given, on as many threads as there
+    are cores. `compiled` counts compilations; `surprises` those that nobody had ordered.
     """
 
     def __init__(self) -> None:
-        self._programs: dict[Hashable, Any] = {}
+        self._programs: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
         self.compiled = 0
+        self.surprises = 0
 
-    def get(self, key: Hashable, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-        """The program of `key`; `build()` gives a jitted function to compile for `arguments`."""
+    def order(self, recipes: Iterable[Recipe]) -> None:
+        """Has programs compiled in the background, those that are here or ordered left out."""
+        threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         with self._lock:
-            program = self._programs.get(key)
-        if program is None:
-            program = build().lower(*abstract(arguments)).compile()
-            with self._lock:
-                self._programs[key] = program
-                self.compiled += 1
-        return program
+            for recipe in recipes:
+                if recipe.key not in self._programs:
+                    kept = dataclasses.replace(recipe, arguments=abstract(recipe.arguments))
+                    self._programs[recipe.key] = threads.submit(self._make, kept)
+        threads.shutdown(wait=False)  # they end with the last program
 
-    def warm_up(self, jobs: Iterable[Callable[[], Any]]) -> None:
-        """Runs jobs that each call `get`, on as many threads as there are cores."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            for done in [threads.submit(job) for job in jobs]:
-                done.result()
+    def get(self, recipe: Recipe) -> Any:
+        """The program of a recipe, compiled here and now unless somebody has begun with it."""
+        here = False
+        with self._lock:
+            future = self._programs.get(recipe.key)
+            self.surprises += future is None
+            if future is None or future.cancel():
+                here, future = True, Future()
+                self._programs[recipe.key] = future
+        if here:
+            try:
+                future.set_result(self._make(recipe))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def wait(self) -> None:
+        """Returns when all that was ordered is compiled; raises what a compilation raised."""
+        for future in list(self._programs.values()):
+            future.result()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything that was ordered is not compiled yet."""
+        return not all(future.done() for future in list(self._programs.values()))
+
+    def cancel(self) -> None:
+        """Leaves what was ordered and nobody has begun to compile; it may be ordered again."""
+        with self._lock:
+            kept = {key: made for key, made in self._programs.items() if not made.cancel()}
+            self._programs = kept
 
     def clear(self) -> None:
-        """Forgets all programs; a process on CPU may hold only so many."""
+        """Forgets all programs, ordered ones too; a process on CPU may hold only so many."""
+        self.cancel()
         with self._lock:
             self._programs.clear()
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def _make(self, recipe: Recipe) -> Any:
+        program = recipe.compile()
+        with self._lock:
+            self.compiled += 1
+        return program

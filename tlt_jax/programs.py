@@ -5,8 +5,6 @@ rows per slice and cache length.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +15,11 @@ from jax.sharding import Mesh
 from tlt_jax import chunk, ngram, row_programs, sampling, sharding
 from tlt_jax.bandit import CostModel
 from tlt_jax.buffer import DrafterBuffer
-from tlt_jax.chunk import ChunkKind, ChunkOrders, ChunkReport
+from tlt_jax.chunk import ChunkKind, ChunkOrders
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
 from tlt_jax.controller import FRESH, Controller
 from tlt_jax.ngram import Library
-from tlt_jax.program_pool import ProgramPool, abstract
+from tlt_jax.program_pool import ProgramPool, Recipe, abstract
 from tlt_jax.speculation import RolloutState, Sampler
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import Strategy
@@ -131,7 +129,7 @@ class RolloutPrograms:
 
     def prefill(self, target: Any, batch: tuple[Any, ...]) -> RolloutState:
         """Rows of a new batch; see `row_programs.prefill_program` for the arguments."""
-        return self._prefill(target, batch)(target, *batch)
+        return self.pool.get(self._prefill(target, batch))(target, *batch)
 
     def refill(
         self,
@@ -143,24 +141,11 @@ class RolloutPrograms:
         """Puts new prompts into slots; see `row_programs.refill_program` for the arguments."""
         draft = None if drafter_state is None else drafter_state.params
         arguments = (target, draft, rows, *begun)
-        return self._refill(arguments)(*arguments)
+        return self.pool.get(self._refill(arguments))(*arguments)
 
-    def chunk(
-        self,
-        kind: ChunkKind,
-        target: Any,
-        drafter_state: DrafterState | None,
-        buffer: DrafterBuffer | None,
-        library: Library | None,
-        sampler: Sampler,
-        orders: ChunkOrders,
-        rows: RolloutState,
-    ) -> tuple[
-        DrafterState | None, DrafterBuffer | None, Library | None, RolloutState, ChunkReport
-    ]:
-        """Runs a chunk; see `chunk.chunk_program`, also for what is donated."""
-        arguments = (target, drafter_state, buffer, library, sampler, orders, rows)
-        return self.chunk_program(kind, arguments)(*arguments)
+    def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
+        """The compiled program of a chunk; see `chunk.chunk_program` for the arguments."""
+        return self.pool.get(self._chunk(kind, arguments))
 
     def compact(self, rows: RolloutState, most: int) -> RolloutState:
         """Live rows in the smallest bucket for `most` of them per slice, in caches as long as its.
@@ -176,44 +161,59 @@ class RolloutPrograms:
 
     def shrink(self, rows: RolloutState, bucket: int) -> RolloutState:
         """Keeps `bucket` rows per slice, the live ones first."""
-        return self._shrink(rows, bucket)(rows)
+        return self.pool.get(self._shrink(rows, bucket))(rows)
 
     def grow(self, rows: RolloutState) -> RolloutState:
         """Lengthens caches to the next length bucket."""
-        return self._grow(rows)(rows)
+        return self.pool.get(self._grow(rows))(rows)
 
-    def warm_up(
+    def order(
         self,
         target: Any,
         drafter_state: DrafterState | None,
         buffer: DrafterBuffer | None,
         library: Library | None = None,
-        *,
-        extra: Sequence[Callable[[], Any]] = (),
     ) -> None:
-        """Compiles every program that a rollout of this configuration can need, and `extra`."""
-        buckets, held = self.buckets, (target, drafter_state, buffer, library)
-        jobs: list[Callable[[], Any]] = list(extra)
-        for length in self.rollout.length_buckets:
-            for rows in buckets:
-                shapes = self._state_shapes(target, rows, length)
-                for kind in self._kinds(rows) if length >= self.least_length(rows) else ():
-                    arguments = self.chunk_shapes(kind, rows, length, *held)
-                    jobs.append(functools.partial(self.chunk_program, kind, arguments))
-                if length != self.rollout.length_buckets[-1]:
-                    jobs.append(functools.partial(self._grow, shapes))
-                if rows == self.first_rows and self._refills:
-                    draft = None if drafter_state is None else drafter_state.params
-                    arguments = (target, draft, shapes, *self._refill_shapes())
-                    jobs.append(functools.partial(self._refill, arguments))
-                if rows != buckets[-1]:
-                    smaller = buckets[buckets.index(rows) + 1]
-                    jobs.append(functools.partial(self._shrink, shapes, smaller))
-        batch = self._batch_shapes(self.first_rows)
-        jobs.append(lambda: self._prefill(target, batch))
-        self.pool.warm_up(jobs)
+        """Has every program compiled that a rollout can need, in about the order of the need."""
+        held = abstract((target, drafter_state, buffer, library))
+        wanted = [self._prefill(held[0], self._batch_shapes(self.first_rows))]
+        for rows in self.buckets:
+            for length in self.rollout.length_buckets:
+                wanted += self._recipes(rows, length, *held)
+        self.pool.order(wanted)
 
-    # Compiled programs by key. What the key leaves out is the same throughout a run.
+    def warm_up(self, target: Any, *held: Any) -> None:
+        """`order`, and waits until all is compiled."""
+        self.order(target, *held)
+        self.pool.wait()
+
+    # What programs are made of. What a key leaves out is the same throughout a run.
+
+    def _recipes(
+        self,
+        rows: int,
+        length: int,
+        target: Any,
+        drafter_state: DrafterState | None,
+        buffer: DrafterBuffer | None,
+        library: Library | None,
+    ) -> list[Recipe]:
+        """All that can run, or begin, with `rows` rows per slice in caches of `length`."""
+        found, shapes = [], self._state_shapes(target, rows, length)
+        if length >= self.least_length(rows):
+            for kind in self._kinds(rows):
+                arguments = self.chunk_shapes(
+                    kind, rows, length, target, drafter_state, buffer, library
+                )
+                found.append(self._chunk(kind, arguments))
+        if rows == self.first_rows and self._refills:
+            draft = None if drafter_state is None else drafter_state.params
+            found.append(self._refill((target, draft, shapes, *self._refill_shapes())))
+        if length != self.rollout.length_buckets[-1]:
+            found.append(self._grow(shapes))
+        if rows != self.buckets[-1]:
+            found.append(self._shrink(shapes, self.buckets[self.buckets.index(rows) + 1]))
+        return found
 
     def _kinds(self, rows: int) -> list[ChunkKind]:
         trainings = (False, True) if self.training else (False,)
@@ -223,9 +223,9 @@ class RolloutPrograms:
             for training in trainings
         ]
 
-    def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Any:
+    def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Recipe:
         length = self.rollout.length_buckets[0]
-        return self.pool.get(
+        return Recipe(
             ("prefill", batch[0].shape, length),
             lambda: self._prefill_jit(length),
             (target, *batch),
@@ -236,8 +236,8 @@ class RolloutPrograms:
             self.mesh, self.policy, length=length, keep_features=self.drafting
         )
 
-    def _refill(self, arguments: tuple[Any, ...]) -> Any:
-        return self.pool.get(
+    def _refill(self, arguments: tuple[Any, ...]) -> Recipe:
+        return Recipe(
             ("refill", arguments[2].tokens.shape),
             lambda: row_programs.refill_program(
                 self.mesh, self.policy, keep_features=self.drafting
@@ -245,19 +245,18 @@ class RolloutPrograms:
             arguments,
         )
 
-    def chunk_program(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Any:
-        """The compiled program of `chunk`."""
+    def _chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> Recipe:
         _, _, buffer, library, sampler, _, rows = arguments
         held = buffer is not None, library and library.tokens.shape
         static = sampler.params.filtered, sampler.params.rejection
-        return self.pool.get(
+        return Recipe(
             ("chunk", kind, rows.tokens.shape, *held, *static),
             lambda: self._chunk_jit(kind),
             arguments,
         )
 
     def lowered_chunk(self, kind: ChunkKind, arguments: tuple[Any, ...]) -> jax.stages.Lowered:
-        """The program of `chunk` traced and not compiled, outside the pool."""
+        """The program of a chunk traced and not compiled, outside the pool."""
         return self._chunk_jit(kind).lower(*abstract(arguments))
 
     def _chunk_jit(self, kind: ChunkKind) -> Any:
@@ -265,8 +264,8 @@ class RolloutPrograms:
             self.mesh, self.policy, self.drafter, kind, keep_features=self.drafting
         )
 
-    def _shrink(self, rows: Any, bucket: int) -> Any:
-        return self.pool.get(
+    def _shrink(self, rows: Any, bucket: int) -> Recipe:
+        return Recipe(
             ("shrink", rows.tokens.shape, bucket),
             lambda: row_programs.shrink_program(
                 self.mesh, rows=bucket, keep_features=self.drafting
@@ -274,9 +273,9 @@ class RolloutPrograms:
             (rows,),
         )
 
-    def _grow(self, rows: Any) -> Any:
+    def _grow(self, rows: Any) -> Recipe:
         longer = next(b for b in self.rollout.length_buckets if b > rows.tokens.shape[1])
-        return self.pool.get(
+        return Recipe(
             ("grow", rows.tokens.shape, longer),
             lambda: row_programs.grow_program(
                 self.mesh, length=longer, keep_features=self.drafting
@@ -296,7 +295,7 @@ class RolloutPrograms:
         buffer: DrafterBuffer | None,
         library: Library | None,
     ) -> tuple[Any, ...]:
-        """Arguments of `chunk` for `rows` rows per slice in caches of `length`."""
+        """Arguments of a chunk for `rows` rows per slice in caches of `length`."""
         sampler = self.sampler(jax.random.key(0), (0,))
         orders = self.orders(kind.strategy, rounds=0, index=0)
         shapes = self._state_shapes(target, rows, length)

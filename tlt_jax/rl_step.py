@@ -19,6 +19,7 @@ from tlt_jax import advantages, learner, metrics, packing, policy, rollout, samp
 from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
 from tlt_jax.learner import LearnerState
+from tlt_jax.program_pool import Recipe
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.rollout import Carry, ChunkRecord, Response, RolloutResult
 from tlt_jax.tasks.task import Task
@@ -58,9 +59,13 @@ class Machinery:
     task: Task
     prompts: Any  # grain dataset with random access
     programs: RolloutPrograms
-    microbatch_seconds: float
     replay: Mapping[int, Sequence[Choice]] | None  # for the chunks of each step
     reward_threads: concurrent.futures.Executor
+
+    def close(self) -> None:
+        """Ends its threads; programs that nobody has begun to compile are left."""
+        self.programs.pool.cancel()
+        self.reward_threads.shutdown()
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -91,7 +96,7 @@ class StepOutcome:
 
 def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     """Takes one step; the learner's, drafter's and buffer's old arrays are donated."""
-    compiled = machinery.programs.pool.compiled
+    surprises = machinery.programs.pool.surprises
     began = time.monotonic()
     result, rewards, rollout_ended = roll_out(machinery, state)
     rewarded = time.monotonic()
@@ -113,14 +118,10 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     row = {
         "step": state.steps_done,
         **metrics.response_metrics(result.responses, rewards, machinery.stop_tokens),
-        **metrics.rollout_metrics(
-            result.chunks,
-            microbatch_seconds=machinery.microbatch_seconds,
-            rollout_seconds=seconds["rollout"],
-        ),
+        **metrics.rollout_metrics(result.chunks, seconds["rollout"]),
         **_update_metrics(machinery.config, told, state.steps_done),
         "seconds": seconds,
-        "compiles": machinery.programs.pool.compiled - compiled,
+        "compiles": machinery.programs.pool.surprises - surprises,
     }
     new_state = dataclasses.replace(
         state,
@@ -197,8 +198,7 @@ def run_update(
 ) -> tuple[LearnerState, learner.UpdateMetrics]:
     """The policy update; its metrics are still on the device."""
     arguments = update_arguments(machinery, state, batch, count)
-    program = update_program(machinery, arguments)
-    return program(*arguments)
+    return machinery.programs.pool.get(update_recipe(machinery, arguments))(*arguments)
 
 
 def update_arguments(
@@ -219,10 +219,10 @@ def update_arguments(
     )
 
 
-def update_program(machinery: Machinery, arguments: tuple[Any, ...]) -> Any:
-    """The compiled policy update, from the same pool as the rollout's programs."""
+def update_recipe(machinery: Machinery, arguments: tuple[Any, ...]) -> Recipe:
+    """How the policy update is made, for the same pool as the rollout's programs."""
     programs = machinery.programs
-    return programs.pool.get(
+    return Recipe(
         "update",
         lambda: learner.update_program(
             programs.mesh, programs.policy, machinery.config.learner, machinery.tx
@@ -233,11 +233,13 @@ def update_program(machinery: Machinery, arguments: tuple[Any, ...]) -> Any:
 
 def to_rollout_layout(machinery: Machinery, params: Any) -> Any:
     """Policy parameters copied from the training layout to the rollout layout."""
-    programs = machinery.programs
-    program = programs.pool.get(
-        "reshard", lambda: rollout_layout(programs.mesh, machinery.config), (params,)
-    )
-    return program(params)
+    return machinery.programs.pool.get(layout_recipe(machinery, params))(params)
+
+
+def layout_recipe(machinery: Machinery, params: Any) -> Recipe:
+    """How the program of `to_rollout_layout` is made."""
+    mesh, config = machinery.programs.mesh, machinery.config
+    return Recipe("reshard", lambda: rollout_layout(mesh, config), (params,))
 
 
 def rollout_layout(mesh: jax.sharding.Mesh, config: RunConfig) -> Any:

@@ -220,10 +220,8 @@ def _launch(
     programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, choice: Choice
 ) -> ChunkRecord:
     """Runs a chunk program, updates the flight, and records what happened."""
-    before = flight.seats.live_by_slice
+    before, carry = flight.seats.live_by_slice, flight.carry
     index = len(flight.chunks)
-    jax.block_until_ready(flight.seats.rows)  # what made them is no part of the chunk's time
-    start = time.monotonic()
     orders = programs.orders(
         kind.strategy,
         rounds=rounds,
@@ -231,16 +229,13 @@ def _launch(
         controller=flight.controller,
         give_up_below=choice.give_up_below,
     )
-    given = flight.carry
-    drafter, buffer, library, rows, report = programs.chunk(
-        kind,
-        flight.target,
-        *given.arrays,
-        flight.sampler,
-        orders,
-        flight.seats.rows,
-    )
-    flight.carry = dataclasses.replace(given, drafter=drafter, buffer=buffer, library=library)
+    arguments = (flight.target, *carry.arrays, flight.sampler, orders, flight.seats.rows)
+    program = programs.chunk_program(kind, arguments)
+    jax.block_until_ready(arguments)  # neither this nor compiling is part of the chunk's time
+    shared = programs.pool.busy
+    start = time.monotonic()
+    drafter, buffer, library, rows, report = program(*arguments)
+    flight.carry = dataclasses.replace(carry, drafter=drafter, buffer=buffer, library=library)
     told, still_live, lengths = sharding.to_host((report, rows.live, rows.length))
     flight.seats = Seats.of(rows, still_live, lengths, programs.slices)
     record = ChunkRecord(
@@ -255,8 +250,14 @@ def _launch(
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    gave_up = bool(np.any((told.stats.rounds < rounds) & (flight.seats.live_by_slice > 0)))
-    flight.controller = _taught(programs, flight.controller, kind.strategy, record, gave_up=gave_up)
+    flight.controller = _taught(
+        programs,
+        flight.controller,
+        kind.strategy,
+        record,
+        gave_up=bool(np.any((told.stats.rounds < rounds) & (flight.seats.live_by_slice > 0))),
+        timed=not shared,
+    )
     return record
 
 
@@ -267,27 +268,29 @@ def _taught(
     record: ChunkRecord,
     *,
     gave_up: bool,
+    timed: bool,
 ) -> Controller:
     """What a chunk teaches: how good the estimates of trees are, how fast its strategy is.
 
-    `gave_up` says that it ended early because hardly a draft was accepted.
+    `gave_up` says that it ended early because hardly a draft was accepted. Its time counts if it
+    was `timed`: not while programs are compiled on the same cores.
     """
     rounds = sum(record.row_rounds)
     if not strategy.is_chain and not strategy.ngram:
         controller = calibrate(controller, rounds, record.accepted, record.expected)
     if rounds == 0 or len(programs.arms(record.rows)) == 1:
         return controller
-    accept_length = sum(record.committed) / rounds
-    reward = accept_length * record.rows * max(record.rounds_run) / record.seconds
-    bandit = bandit_lib.update(
-        controller.bandit,
-        record.rows,
-        strategy,
-        reward,
-        accept_length=accept_length,
-        gave_up=gave_up,
-    )
-    controller = dataclasses.replace(controller, bandit=bandit)
+    if timed:
+        accept_length = sum(record.committed) / rounds
+        bandit = bandit_lib.update(
+            controller.bandit,
+            record.rows,
+            strategy,
+            accept_length * record.rows * max(record.rounds_run) / record.seconds,
+            accept_length=accept_length,
+            gave_up=gave_up,
+        )
+        controller = dataclasses.replace(controller, bandit=bandit)
     if strategy.is_plain or (not gave_up and max(record.rounds_run) <= PROVING_ROUNDS):
         return controller  # it ended before it had to prove anything
     if gave_up and record.accepted[0] > BROKEN_BELOW * rounds:

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -109,12 +108,14 @@ def load_replay(path: str) -> dict[int, list[Choice]] | None:
 
 
 def start(config: RunConfig) -> tuple[Machinery, RunState]:
-    """Machinery with every program compiled, and the state before the first step."""
+    """Machinery whose programs are being compiled, and the state before the first step."""
     machinery = make_machinery(config)
     params = initial_policy(config)
     draft = initial_drafter(config) if machinery.programs.drafting else None
     state = first_state(machinery, params, draft)
-    return warm_up(machinery, state), state
+    order_programs(machinery, state)
+    print(f"compiling {len(machinery.programs.pool)} programs as the first step begins", flush=True)
+    return machinery, state
 
 
 def make_machinery(config: RunConfig) -> Machinery:
@@ -134,7 +135,6 @@ def make_machinery(config: RunConfig) -> Machinery:
         task=task,
         prompts=prompts,
         programs=programs,
-        microbatch_seconds=0.0,
         replay=load_replay(config.replay),
         reward_threads=concurrent.futures.ThreadPoolExecutor(REWARD_THREADS),
     )
@@ -161,34 +161,36 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
     )
 
 
-def warm_up(machinery: Machinery, state: RunState) -> Machinery:
-    """Compiles all programs of a run; returns the machinery with its measured microbatch time."""
-    began = time.monotonic()
-    programs = machinery.programs
-    rows = machinery.config.learner
+def order_programs(machinery: Machinery, state: RunState) -> None:
+    """Has all programs of a run compiled in the background, in about the order of their need."""
+    programs, rows = machinery.programs, machinery.config.learner
     most = rl_step.most_microbatches(machinery.config)
     empty = packing.empty_batch(most, rows.microbatch_rows, rows.row_length)
     update = rl_step.update_arguments(machinery, state, empty, 0)
-    programs.warm_up(
-        state.rollout_params,
-        *state.carry.arrays,
-        extra=[
-            lambda: rl_step.update_program(machinery, update),
-            lambda: rl_step.to_rollout_layout(machinery, state.learner.params),
-            lambda: _warm_up_small_operations(machinery),
-        ],
+    programs.order(state.rollout_params, *state.carry.arrays)
+    programs.pool.order(
+        [
+            rl_step.update_recipe(machinery, update),
+            rl_step.layout_recipe(machinery, state.learner.params),
+        ]
     )
+    _warm_up_small_operations(machinery)
+
+
+def microbatch_seconds(machinery: Machinery, state: RunState) -> float:
+    """Seconds of a drafter microbatch, measured when all programs are compiled; 0 without any."""
+    began, programs, carry = time.monotonic(), machinery.programs, state.carry
+    programs.pool.wait()
     print(
-        f"compiled {programs.pool.compiled} programs in {time.monotonic() - began:.0f}s",
+        f"compiled {programs.pool.compiled} programs, after waiting "
+        f"{time.monotonic() - began:.0f}s for the last ones",
         flush=True,
     )
-    carry = state.carry
     if carry.drafter is None or carry.buffer is None:
-        return machinery
-    seconds = calibration.microbatch_seconds(
+        return 0.0
+    return calibration.microbatch_seconds(
         programs, state.rollout_params, carry.drafter, carry.buffer, carry.library
     )
-    return dataclasses.replace(machinery, microbatch_seconds=seconds)
 
 
 def _warm_up_small_operations(machinery: Machinery) -> None:

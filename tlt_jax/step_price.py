@@ -26,6 +26,7 @@ class Side:
 
     machinery: Machinery
     first: RunState  # kept; steps run on copies of it
+    microbatch_seconds: float
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all steps
     rollout_seconds: list[float] = dataclasses.field(default_factory=list)
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)
@@ -45,11 +46,11 @@ def measure(config: RunConfig, policy_params: Any, drafter_params: Any) -> dict[
         take_turns(sides, first=repeat % 2)
     for side in sides:  # the first pass had programs to load
         side.seconds, side.rollout_seconds = side.seconds[1:], side.rollout_seconds[1:]
-        side.machinery.reward_threads.shutdown()
+        side.machinery.close()
     without, training = sides
     ratios = _ratios(training.seconds, without.seconds)
     idle = metrics.idle_seconds(training.chunks)
-    used = metrics.idle_training_seconds(training.chunks, training.machinery.microbatch_seconds)
+    used = metrics.idle_training_seconds(training.chunks, training.microbatch_seconds)
     return {
         "steps": STEPS,
         "seconds": without.seconds,
@@ -72,7 +73,8 @@ def make_side(config: RunConfig, policy_params: Any, drafter_params: Any, *, tra
         dataclasses.replace(config, drafter=drafter_config, rollout=rollout_config)
     )
     state = setup.first_state(machinery, policy_params, drafter_params)
-    return Side(machinery=setup.warm_up(machinery, state), first=state)
+    setup.order_programs(machinery, state)
+    return Side(machinery, state, setup.microbatch_seconds(machinery, state))
 
 
 def take_turns(sides: list[Side], *, first: int) -> list[RunState]:

@@ -5,6 +5,7 @@
 The same command resumes a run that was stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -12,7 +13,7 @@ import time
 
 import jax
 
-from tlt_jax import command_line, setup, weights
+from tlt_jax import command_line, metrics, setup, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import Controller
@@ -40,16 +41,19 @@ class RunLog:
         self._decisions.truncate_after(first_step)
         self._tensorboard = TensorboardWriter(workdir / "tensorboard", first_step=first_step)
 
-    def write(self, outcome: StepOutcome, *, num_steps: int, run_seconds: float) -> None:
-        """Logs one step and prints its progress line."""
-        step = outcome.row["step"]
+    def write(
+        self, outcome: StepOutcome, *, num_steps: int, start: float, microbatch_seconds: float
+    ) -> None:
+        """Logs one step, which began `start` seconds into the run, and prints its progress line."""
+        row = outcome.row | metrics.idle_metrics(outcome.chunks, microbatch_seconds)
+        step = row["step"]
         for record in outcome.chunks:
             values = dataclasses.asdict(record)
-            values["start"] += run_seconds
+            values["start"] += start
             self._decisions.write({"step": step, "target_step": step} | values)
-        self._metrics.write(outcome.row)
-        self._tensorboard.write(step, outcome.row)
-        print(progress_line(outcome.row, num_steps=num_steps), flush=True)
+        self._metrics.write(row)
+        self._tensorboard.write(step, row)
+        print(progress_line(row, num_steps=num_steps), flush=True)
 
     def close(self) -> None:
         self._metrics.close()
@@ -62,23 +66,41 @@ def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
     check_config(config, workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     machinery, state = setup.start(config)
-    state = resume(machinery, state, checkpoints)
-    keep_config(config, workdir)  # only now: what did not fit so far can be put right in place
-    log = RunLog(workdir, state.steps_done)
-    began = time.monotonic()
-    while state.steps_done < config.num_steps:
-        outcome = rl_step(machinery, state)
-        state, run_seconds = outcome.state, time.monotonic() - began
-        start = run_seconds - outcome.row["seconds"]["total"]
-        log.write(outcome, num_steps=config.num_steps, run_seconds=start)
-        if state.steps_done % config.checkpoint.every == 0 or state.steps_done == config.num_steps:
-            save(checkpoints, config, state)
+    with contextlib.closing(machinery):
+        state = resume(machinery, state, checkpoints)
+        keep_config(config, workdir)  # only now: what did not fit so far can be put right in place
+        state = take_steps(config, workdir, machinery, state, checkpoints)
     checkpoints.close()
-    log.close()
-    machinery.reward_threads.shutdown()
     export(workdir, state)
     plots.write_all(workdir)
     summary.write_summary(workdir)
+    return state
+
+
+def take_steps(
+    config: RunConfig,
+    workdir: pathlib.Path,
+    machinery: Machinery,
+    state: RunState,
+    checkpoints: Checkpoints,
+) -> RunState:
+    """All steps that are left, logged; programs are compiled while the first of them runs."""
+    log, microbatch_seconds = RunLog(workdir, state.steps_done), None
+    began = time.monotonic()
+    while state.steps_done < config.num_steps:
+        outcome = rl_step(machinery, state)
+        state, ended = outcome.state, time.monotonic()
+        if microbatch_seconds is None:
+            microbatch_seconds = setup.microbatch_seconds(machinery, state)
+        log.write(
+            outcome,
+            num_steps=config.num_steps,
+            start=ended - began - outcome.row["seconds"]["total"],
+            microbatch_seconds=microbatch_seconds,
+        )
+        if state.steps_done % config.checkpoint.every == 0 or state.steps_done == config.num_steps:
+            save(checkpoints, config, state)
+    log.close()
     return state
 
 
