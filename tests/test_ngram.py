@@ -113,8 +113,18 @@ def _add(library, texts, prompt_ids, wanted):
     return ngram.add(library, tokens, lengths, jnp.array(prompt_ids), jnp.array(wanted))
 
 
-def _found(library, prompt_id, count=2):
-    texts = ngram.references(library, jnp.array([prompt_id]), count=count)
+def _found(library, prompt_id, count=2, others=()):
+    """Texts for a row that answers `prompt_id`, beside `others`: (text, prompt, live) each."""
+    rows = [([7], prompt_id, True), *others]
+    width = max(len(text) for text, _, _ in rows)
+    texts = ngram.references(
+        library,
+        jnp.array([text + [9] * (width - len(text)) for text, _, _ in rows]),
+        jnp.array([len(text) for text, _, _ in rows]),
+        jnp.array([prompt for _, prompt, _ in rows]),
+        jnp.array([live for _, _, live in rows]),
+        count=count,
+    )
     pairs = zip(texts.tokens[0].tolist(), texts.lengths[0].tolist(), strict=True)
     return [tokens[:length] for tokens, length in pairs if length]
 
@@ -127,6 +137,23 @@ def test_the_library_gives_the_newest_texts_of_a_prompt():
     library = _add(library, [[4, 4, 4], [5]], [6, 5], [True, True])  # the oldest gives way
     assert _found(library, 5) == [[5], [2, 2]] and _found(library, 6) == [[4, 4, 4]]
     assert _found(library, 5, count=1) == [[5]]
+
+
+def test_siblings_still_being_written_come_after_finished_ones():
+    """The longest first; not the row itself, nor ended rows, nor other prompts."""
+    others = [
+        ([1, 1], 5, True),
+        ([2, 2, 2], 5, True),
+        ([3, 3], 6, True),
+        ([4, 4], 5, False),
+        ([6, 6], INVALID, True),
+    ]
+    library = ngram.empty_library(3, 4)
+    assert _found(library, 5, count=4, others=others) == [[2, 2, 2], [1, 1]]
+    assert _found(library, INVALID, count=4, others=others) == []
+    library = _add(library, [[4, 4], [8]], [5, 6], [True, True])
+    assert _found(library, 5, count=4, others=others) == [[4, 4], [2, 2, 2], [1, 1]]
+    assert _found(library, 5, count=2, others=others) == [[4, 4], [2, 2, 2]]
 
 
 @pytest.mark.parametrize("width", [2, 6])

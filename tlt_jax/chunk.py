@@ -71,7 +71,7 @@ class ChunkReport:
 
 
 REFERENCES = 4
-"""Finished responses to a row's prompt in which the n-gram drafter looks things up."""
+"""Other responses to a row's prompt in which the n-gram drafter looks things up."""
 
 # Folded into the step's key for microbatch draws; sequence ids, folded in for tokens, stay below.
 TRAINING_STREAM = 2**31 - 1
@@ -170,7 +170,8 @@ def _texts(strategy: Strategy, library: Library | None, rows: RolloutState) -> T
     if not strategy.ngram:
         return None
     assert library is not None, "no library for the n-gram drafter"
-    return ngram.references(library, rows.prompt_ids, count=REFERENCES)
+    own = rows.tokens, rows.length, rows.prompt_ids, rows.live
+    return ngram.references(library, *own, count=REFERENCES)
 
 
 def _add_ended(library: Library, rows: RolloutState, ended: jax.Array) -> Library:

@@ -1,6 +1,7 @@
 """The model-free drafter: guesses from texts in which the same tokens came before.
 
-A row's texts are its own and those of finished responses to the same prompt. A position of a text
+A row's texts are its own and those of other responses to the same prompt: finished ones, and
+those that other rows are still writing. A position of a text
 *matches* a node as far as the tokens up to it equal the node's and those before it. What follows
 the longest matches are votes for the node's next token, and the logarithm of their shares serves as
 logits: under the target's own noise they are ranked as those of the trained drafter are, so this
@@ -70,28 +71,54 @@ def add(
       wanted: [B] bool, at most N of them.
     """
     capacity, length = library.tokens.shape
-    short = tokens[:, :length]
-    padded = jnp.pad(short, [(0, 0), (0, length - short.shape[1])])
     before = jnp.cumsum(wanted, dtype=jnp.int32) - wanted
     places = jnp.where(wanted, (library.added + before) % capacity, capacity)  # beyond: dropped
     return Library(
-        tokens=library.tokens.at[places].set(padded, mode="drop"),
+        tokens=library.tokens.at[places].set(_fitted(tokens, length), mode="drop"),
         lengths=library.lengths.at[places].set(lengths, mode="drop"),
         prompt_ids=library.prompt_ids.at[places].set(prompt_ids, mode="drop"),
         added=library.added + jnp.sum(wanted, dtype=jnp.int32),
     )
 
 
-def references(library: Library, prompt_ids: jax.Array, *, count: int) -> Texts:
-    """The last `count` texts of the library that answer each of B prompts, the newest first."""
-    capacity = library.tokens.shape[0]
+def references(
+    library: Library,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    prompt_ids: jax.Array,
+    live: jax.Array,
+    *,
+    count: int,
+) -> Texts:
+    """For each of B rows up to `count` other texts that answer its prompt.
+
+    First those of the library, the newest first; then what other live rows have so far, the longest
+    first.
+
+    Args:
+      library: finished responses.
+      tokens: [B, S'] int32, the rows' own texts.
+      lengths: [B] int32, of these.
+      prompt_ids: [B] int32, INVALID for rows without a prompt, which are given no texts.
+      live: [B] bool, whether a row's text is not in the library yet.
+      count: most texts of a row.
+    """
+    capacity, length = library.tokens.shape
+    asked = prompt_ids[:, None]
     age = (library.added - 1 - jnp.arange(capacity, dtype=jnp.int32)) % capacity  # newest is 0
-    same = (library.prompt_ids == prompt_ids[:, None]) & (prompt_ids != INVALID)[:, None]
-    rank, chosen = jax.lax.top_k(jnp.where(same, capacity - age, 0), min(count, capacity))
-    return Texts(
-        tokens=library.tokens[chosen],
-        lengths=jnp.where(rank > 0, library.lengths[chosen], 0),
-    )
+    finished = jnp.where(library.prompt_ids == asked, length + capacity - age, 0)
+    others = live & (prompt_ids == asked) & ~jnp.eye(len(live), dtype=bool)
+    rank = jnp.concatenate([finished, jnp.where(others, lengths, 0)], axis=1)
+    rank, chosen = jax.lax.top_k(jnp.where(asked == INVALID, 0, rank), min(count, rank.shape[1]))
+    texts = jnp.concatenate([library.tokens, _fitted(tokens, length)])
+    held = jnp.concatenate([library.lengths, lengths])
+    return Texts(tokens=texts[chosen], lengths=jnp.where(rank > 0, held[chosen], 0))
+
+
+def _fitted(tokens: jax.Array, length: int) -> jax.Array:
+    """Texts [B, S'] in arrays of `length`, cut or padded."""
+    short = tokens[:, :length]
+    return jnp.pad(short, [(0, 0), (0, length - short.shape[1])])
 
 
 def with_own(own: jax.Array, length: jax.Array, others: Texts) -> Texts:
