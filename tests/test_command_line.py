@@ -60,6 +60,16 @@ def run(tmp_path):
     return start
 
 
+def test_a_platform_can_be_asked_for(run, tmp_path):
+    done = run("--config=config.py", f"--workdir={tmp_path}/new", "--platform=cpu")
+    assert done.returncode == 0, done.stderr
+    said = _one_sentence(run("--config=config.py", f"--workdir={tmp_path}/no", "--platform=tpu"))
+    assert said.startswith("error: --platform=tpu: JAX finds no such device here (")
+    assert not (tmp_path / "no").exists()
+    said = _one_sentence(run("--config=config.py", f"--workdir={tmp_path}/no", "--platform=npu"))
+    assert "npu" in said and "cpu|gpu|tpu" in said
+
+
 def _one_sentence(done):
     assert "Traceback" not in done.stderr, done.stderr
     assert (done.returncode, done.stdout) == (2, "")

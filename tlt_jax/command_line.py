@@ -19,6 +19,11 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an optional variant: configs/quickstart.py:tiny."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and plots go.")
+PLATFORM = flags.DEFINE_enum(
+    "platform", None, ["cpu", "gpu", "tpu"], "What to run on; else what JAX chooses."
+)
+
+BACKENDS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # as JAX calls them
 
 
 def start(
@@ -31,7 +36,8 @@ def start(
     `slices(config)` says how many slices the largest mesh has that will be made.
 
     Raises:
-      UserError: a stray argument, a missing flag, a bad config, or a workdir that cannot be used.
+      UserError: a stray argument, a missing flag, a bad config, a platform that is not here, or a
+        workdir that cannot be used.
     """
     if len(argv) > 1:
         raise UserError(f"unexpected argument '{argv[1]}'; flags look like --config.seed=1.")
@@ -40,9 +46,11 @@ def start(
     if not WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/quickstart.")
     config = parse(CONFIG.value)
-    set_up_devices(
-        slices(config) * config.mesh.tensor, one_core_each=config.mesh.one_core_per_slice
-    )
+    count = slices(config) * config.mesh.tensor
+    if (PLATFORM.value or os.environ.get("JAX_PLATFORMS") or "cpu") == "cpu":
+        set_up_host_devices(count, one_core_each=config.mesh.one_core_per_slice)
+    if PLATFORM.value:
+        use_platform(PLATFORM.value)
     return config, usable_workdir(WORKDIR.value)
 
 
@@ -69,18 +77,32 @@ def _plain(values: config_dict.ConfigDict, where: str) -> dict[str, Any]:
     return found
 
 
-def set_up_devices(count: int, *, one_core_each: bool) -> None:
-    """On CPU, makes `count` host devices; must run before JAX starts its backend.
+def set_up_host_devices(count: int, *, one_core_each: bool) -> None:
+    """Makes `count` CPU devices; must run before JAX starts its backend.
 
     With `one_core_each`, XLA runs each device's matmuls on one thread, so that slices are
     comparable and an idle slice does not lend its core to its neighbour.
     """
-    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
-        return
     jax.config.update("jax_num_cpu_devices", count)
     if one_core_each:
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+def use_platform(platform: str) -> None:
+    """Starts JAX's backend for a platform, which may be another than JAX would choose.
+
+    Raises:
+      UserError: JAX has none for this platform here.
+    """
+    jax.config.update("jax_platforms", BACKENDS[platform])
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"--platform={platform}: JAX finds no such device here ({_one_line(error)[:-1]}); "
+            f"install requirements-{platform}.txt on a machine that has one, or leave the flag out."
+        ) from error
 
 
 def usable_workdir(path: str) -> pathlib.Path:
