@@ -30,6 +30,7 @@ import numpy as np
 from tlt_jax import (
     command_line,
     drafter,
+    paces,
     policy,
     pool_price,
     profiling,
@@ -55,6 +56,8 @@ def told(finding: dict[str, Any]) -> str:
         return step_price.sentence(finding["step_price"])
     if "pools" in finding:
         return pool_price.table(finding["pools"])
+    if "choice" in finding:
+        return f"{race.table(finding)}\n{paces.sentences(finding['choice'])}"
     return race.table(finding)
 
 

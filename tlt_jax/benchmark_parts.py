@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tlt_jax import pool_price, profiling, step_price
+from tlt_jax import paces, pool_price, profiling, step_price
 from tlt_jax.config import RolloutConfig, RunConfig
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.race import Mode, Runner, Subject, make_runners, race, throughout
@@ -144,7 +144,7 @@ def batch(subject: Subject) -> Iterator[dict[str, Any]]:
     """Batches of a step's size, and the profile of a round."""
     config = subject.config
     runners = make_runners(subject, modes(config, config.rollout.num_sequences))
-    yield race(subject, runners, config.benchmark.min_tokens)
+    yield _with_verdict(runners, race(subject, runners, config.benchmark.min_tokens))
     yield {"profile": [entry for runner in runners for entry in _round_profile(runner)]}
 
 
@@ -152,7 +152,7 @@ def tail(subject: Subject) -> Iterator[dict[str, Any]]:
     """Few sequences."""
     config = subject.config.benchmark
     runners = make_runners(subject, modes(subject.config, config.small_batch))
-    yield race(subject, runners, config.min_tokens // SMALL_SHARE)
+    yield _with_verdict(runners, race(subject, runners, config.min_tokens // SMALL_SHARE))
 
 
 def training(subject: Subject) -> Iterator[dict[str, Any]]:
@@ -165,7 +165,8 @@ def training(subject: Subject) -> Iterator[dict[str, Any]]:
 def queue(subject: Subject) -> Iterator[dict[str, Any]]:
     """More sequences than slots."""
     config = subject.config
-    yield race(subject, make_runners(subject, queue_modes(config)), config.benchmark.min_tokens)
+    runners = make_runners(subject, queue_modes(config))
+    yield _with_verdict(runners, race(subject, runners, config.benchmark.min_tokens))
 
 
 def grid(subject: Subject) -> Iterator[dict[str, Any]]:
@@ -209,6 +210,15 @@ PARTS: dict[str, Callable[[Subject], Iterator[dict[str, Any]]]] = {
     "memory": memory,
 }
 """What can be measured. Each yields its findings one by one: races, or other tables."""
+
+
+def _with_verdict(runners: Sequence[Runner], found: dict[str, Any]) -> dict[str, Any]:
+    """What a race has found, and the bandit beside the strategies that it chooses from."""
+    by_name = {runner.mode.name: runner.paces for runner in runners}
+    names = "plain", *runners[0].config.benchmark.strategies
+    return found | {
+        "choice": paces.verdict({name: by_name[name] for name in names}, by_name["bandit"])
+    }
 
 
 def _round_profile(runner: Runner) -> list[dict[str, Any]]:

@@ -13,10 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlt_jax import chunk, comparison, metrics, rl_step, rollout, setup, sharding, spot_training
+from tlt_jax import (
+    chunk,
+    comparison,
+    metrics,
+    paces,
+    rl_step,
+    rollout,
+    setup,
+    sharding,
+    spot_training,
+)
 from tlt_jax.config import MeshConfig, RolloutConfig, RunConfig
 from tlt_jax.controller import FRESH, Controller
 from tlt_jax.dealing import NO_HISTORY, LengthHistory
+from tlt_jax.paces import Paces
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.rollout import Carry, ChunkRecord, Response, RolloutResult
@@ -65,7 +76,7 @@ class Runner:
     stop_tokens: tuple[int, ...]
     seconds: list[float] = dataclasses.field(default_factory=list)  # one per repeat, all batches
     tokens: list[int] = dataclasses.field(default_factory=list)  # the same
-    full_rates: list[float] = dataclasses.field(default_factory=list)  # the same, see `full_rate`
+    paces: list[Paces] = dataclasses.field(default_factory=list)  # the same
     chunks: list[ChunkRecord] = dataclasses.field(default_factory=list)  # of the untimed pass
     controller: Controller = FRESH  # what all passes so far have taught about strategies
     history: LengthHistory = NO_HISTORY  # what rollouts begin with
@@ -216,18 +227,8 @@ def take_turns(
             responses = [response for result, _ in ran for response in result.responses]
             runner.seconds.append(sum(seconds for _, seconds in ran))
             runner.tokens.append(sum(len(response.response) for response in responses))
-            runner.full_rates.append(full_rate([c for result, _ in ran for c in result.chunks]))
-
-
-def full_rate(chunks: Sequence[ChunkRecord]) -> float:
-    """Tokens per second of the chunks as if all their rows had been live in all rounds.
-
-    A round costs the same however many rows of its bucket are live. So this compares strategies at
-    a number of rows, whatever the share of chunks in which rows had ended.
-    """
-    accept_length = metrics.accept_length(chunks)
-    row_rounds = sum(c.rows * len(c.rounds_run) * max(c.rounds_run) for c in chunks)
-    return accept_length * row_rounds / sum(c.seconds for c in chunks)
+            chunks = [record for result, _ in ran for record in result.chunks]
+            runner.paces.append(paces.by_bucket(chunks))
 
 
 def draw_batch(
@@ -303,7 +304,10 @@ def timing(runner: Runner, plain: Runner) -> dict[str, Any]:
         return {}
     rates, plain_rates = (np.array(r.tokens) / np.array(r.seconds) for r in (runner, plain))
     speedups = rates / plain_rates
-    full = np.array(runner.full_rates) / np.array(plain.full_rates)
+    full_rates, plain_full_rates = (
+        np.array([paces.overall(of_repeat).rate for of_repeat in r.paces]) for r in (runner, plain)
+    )
+    full = full_rates / plain_full_rates
     return {
         "seconds": float(np.median(runner.seconds)),
         "seconds_all": runner.seconds,
@@ -312,7 +316,7 @@ def timing(runner: Runner, plain: Runner) -> dict[str, Any]:
         "speedup": float(np.median(speedups)),
         "speedup_min": float(speedups.min()),
         "speedup_max": float(speedups.max()),
-        "full_tokens_per_second": float(np.median(runner.full_rates)),
+        "full_tokens_per_second": float(np.median(full_rates)),
         "full_speedup": float(np.median(full)),
         "full_speedup_min": float(full.min()),
         "full_speedup_max": float(full.max()),
