@@ -3,6 +3,7 @@
 import collections
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def steady_clock(monkeypatch):
         return timed
 
     monkeypatch.setattr(toy_engine.Engine, "chunk_program", timed_program)
-    monkeypatch.setattr(toy_engine.rollout.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
 
 def test_a_broken_drafter_is_left_within_three_rounds_and_said_once(steady_clock, capsys):

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import jax
@@ -87,6 +88,15 @@ def test_what_is_needed_at_once_does_not_wait_for_what_was_ordered_before(monkey
     release.set()
     pool.wait()
     assert (pool.compiled, pool.surprises, len(pool)) == (3, 0, 3)
+
+
+def test_the_clock_stands_while_a_program_is_waited_for():
+    pool, began = ProgramPool(), time.monotonic()
+    start = pool.clock()
+    pool.get(_recipe(1, before=lambda: time.sleep(0.5)))
+    pool.get(_recipe(1))
+    assert pool.waited >= 0.5
+    assert pool.clock() - start <= time.monotonic() - began - 0.5
 
 
 def test_what_was_ordered_and_not_begun_can_be_left(monkeypatch):

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -32,7 +33,8 @@ class ProgramPool:
     """Programs by key, each compiled once: ordered ahead of need, or when asked for.
 
     What is ordered is compiled in the background, in the order given, on as many threads as there
-    are cores. `compiled` counts compilations; `surprises` those that nobody had ordered.
+    are cores. `compiled` counts compilations; `surprises` those that nobody had ordered; `waited`
+    is seconds that `get` took for programs that were not there yet.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class ProgramPool:
         self._lock = threading.Lock()
         self.compiled = 0
         self.surprises = 0
+        self.waited = 0.0
 
     def order(self, recipes: Iterable[Recipe]) -> None:
         """Has programs compiled in the background, those that are here or ordered left out."""
@@ -56,16 +59,27 @@ class ProgramPool:
         here = False
         with self._lock:
             future = self._programs.get(recipe.key)
+            if future is not None and future.done() and not future.cancelled():
+                return future.result()
             self.surprises += future is None
             if future is None or future.cancel():
                 here, future = True, Future()
                 self._programs[recipe.key] = future
-        if here:
-            try:
+        began = time.monotonic()
+        try:
+            if here:
                 future.set_result(self._make(recipe))
-            except BaseException as error:
+            return future.result()
+        except BaseException as error:
+            if here:
                 future.set_exception(error)
-        return future.result()
+            raise
+        finally:
+            self.waited += time.monotonic() - began
+
+    def clock(self) -> float:
+        """Monotonic seconds, without those that were waited for programs."""
+        return time.monotonic() - self.waited
 
     def wait(self) -> None:
         """Returns when all that was ordered is compiled; raises what a compilation raised."""

@@ -6,7 +6,6 @@ prompts -> rollout (idle slices train the drafter; rewards on host threads while
 
 import concurrent.futures
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,24 +95,23 @@ class StepOutcome:
 
 def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     """Takes one step; the learner's, drafter's and buffer's old arrays are donated."""
-    surprises = machinery.programs.pool.surprises
-    began = time.monotonic()
+    pool = machinery.programs.pool
+    surprises, waited, began = pool.surprises, pool.waited, pool.clock()
     result, rewards, rollout_ended = roll_out(machinery, state)
-    rewarded = time.monotonic()
+    rewarded = pool.clock()
     batch, count = make_batch(machinery.config, result.responses, rewards)
     learner_state, update = run_update(machinery, state, batch, count)
     told = {name: float(value) for name, value in sharding.to_host(update)._asdict().items()}
-    learned = time.monotonic()
+    learned = pool.clock()
     rollout_params = jax.block_until_ready(to_rollout_layout(machinery, learner_state.params))
-    ended = time.monotonic()
+    ended = pool.clock()
     seconds = {
+        "compile": pool.waited - waited,
         "rollout": rollout_ended - began,
         "reward_wait": rewarded - rollout_ended,
         "learn": learned - rewarded,
         "reshard": ended - learned,
-        "drafter": 0.0,
-        "other": 0.0,
-        "total": ended - began,
+        "total": ended - began + pool.waited - waited,
     }
     row = {
         "step": state.steps_done,
@@ -121,7 +119,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         **metrics.rollout_metrics(result.chunks, seconds["rollout"]),
         **_update_metrics(machinery.config, told, state.steps_done),
         "seconds": seconds,
-        "compiles": machinery.programs.pool.surprises - surprises,
+        "compiles": pool.surprises - surprises,
     }
     new_state = dataclasses.replace(
         state,
@@ -137,7 +135,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
     """Responses of the step's prompts and their rewards [sequences] float32.
 
     Each response is rewarded on a host thread as soon as it has ended, while others go on. The
-    last number is the monotonic time at which the rollout itself had ended.
+    last number is the time, by the pool's clock, at which the rollout itself had ended.
     """
     group = machinery.config.rollout.group_size
     asked = [prompt for prompt in machinery.step_prompts(state.steps_done) for _ in range(group)]
@@ -160,7 +158,7 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
         replay=None if replay is None else replay.get(state.steps_done, ()),
         on_finished=reward,
     )
-    ended = time.monotonic()
+    ended = machinery.programs.pool.clock()
     rewards = [waiting[sequence].result() for sequence in range(len(asked))]
     return result, np.asarray(rewards, np.float32), ended
 

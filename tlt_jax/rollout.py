@@ -8,7 +8,6 @@ strategies a clock has a say, and then the first process decides for all.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ class ChunkRecord:
     """What was decided for a chunk and what came of it; lists have one entry per slice."""
 
     chunk: int
-    start: float  # seconds since the rollout began
+    start: float  # seconds since the rollout began, without waiting for programs
     seconds: float
     strategy: str
     chosen: str  # why, see `choice.Choice`
@@ -110,7 +109,7 @@ class _Flight:
     seats: Seats
     carry: Carry
     replay: Sequence[Choice] | None
-    began: float  # monotonic seconds
+    began: float  # by the pool's clock
     chunks: list[ChunkRecord]
 
     @property
@@ -149,7 +148,7 @@ def run(
       UserError: a prompt is empty or longer than `max_prompt_length`, or the rollout to replay was
         another one.
     """
-    began = time.monotonic()
+    began = programs.pool.clock()
     queue = seating.queue(programs, prompts, carry.controller.history)
     flight = _Flight(
         target=target,
@@ -233,7 +232,7 @@ def _launch(
     program = programs.chunk_program(kind, arguments)
     jax.block_until_ready(arguments)  # neither this nor compiling is part of the chunk's time
     shared = programs.pool.busy
-    start = time.monotonic()
+    start = programs.pool.clock()
     drafter, buffer, library, rows, report = program(*arguments)
     flight.carry = dataclasses.replace(carry, drafter=drafter, buffer=buffer, library=library)
     told, still_live, lengths = sharding.to_host((report, rows.live, rows.length))
@@ -241,7 +240,7 @@ def _launch(
     record = ChunkRecord(
         chunk=index,
         start=start - flight.began,
-        seconds=time.monotonic() - start,
+        seconds=programs.pool.clock() - start,
         strategy=str(kind.strategy),
         chosen=choice.why,
         give_up_below=choice.give_up_below,

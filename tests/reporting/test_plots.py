@@ -77,7 +77,7 @@ def test_chosen_steps_are_the_ones_drawn(make_workdir, make_metrics):
         " step 1",
         " step 2",
     ]
-    assert above.get_xlim() == (0.0, 8.0)
+    assert above.get_xlim() == (0.0, 7.5)
     assert below.get_xlim() == (0.0, 2.5)
     with pytest.raises(UserError, match=r"step 9 .* steps 0 to 5"):
         plots.slice_timeline(run, steps=[9])

@@ -192,12 +192,12 @@ def test_progress_line_shows_what_is_broken_and_late_compiles(make_metrics):
         reward_mean=float("nan"),
         grad_norm=float("inf"),
         accept_by_position=[0.5, float("nan")],
-        seconds={"drafter": float("nan")},
+        seconds={"learn": float("nan")},
         compiles=2,
     )
     line = progress_line(row, num_steps=1)
     assert "| reward   nan |" in line
     assert line.endswith(
         "| compiled 2 | NOT FINITE reward_mean=nan accept_by_position=nan grad_norm=inf "
-        "seconds.drafter=nan"
+        "seconds.learn=nan"
     )

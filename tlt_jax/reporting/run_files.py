@@ -56,7 +56,7 @@ DECISION_FIELDS = (
     "target_step",
     "drafter_version",
 )
-PHASES = ("rollout", "reward_wait", "learn", "reshard", "drafter", "other", "total")
+PHASES = ("compile", "rollout", "reward_wait", "learn", "reshard", "total")
 
 
 class Run(NamedTuple):

@@ -54,7 +54,7 @@ class StepTimeline(NamedTuple):
     seconds: float  # of the whole step
 
 
-_PHASES_AFTER_ROLLOUT = ("reward_wait", "learn", "reshard", "drafter", "other")
+_PHASES_AFTER_ROLLOUT = ("reward_wait", "learn", "reshard")
 
 
 def step_timeline(chunks: Sequence[Record], row: Record) -> StepTimeline:
@@ -62,7 +62,7 @@ def step_timeline(chunks: Sequence[Record], row: Record) -> StepTimeline:
 
     Rollout seconds that no chunk covers come first, as phase "prefill": the slots are prefilled
     before the first chunk starts. The other phases follow the last chunk in the order in which
-    a step runs them.
+    a step runs them. Waiting for programs, in the first step of a process, is left out.
 
     Args:
       chunks: decision rows of the step, in chunk order, at least one.
@@ -90,7 +90,7 @@ def step_timeline(chunks: Sequence[Record], row: Record) -> StepTimeline:
         spans=spans,
         phases=[phase for phase in phases if phase.seconds > 0],
         rollout_end=rollout_end,
-        seconds=max(now, row["seconds"]["total"]),
+        seconds=max(now, row["seconds"]["total"] - row["seconds"]["compile"]),
     )
 
 
