@@ -95,6 +95,7 @@ def _mesh(topology, *, slices, tensor):
     with pytest.MonkeyPatch.context() as patch:
         # Without it libtpu asks a cloud metadata server which machine it is on, and waits.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     grid = np.asarray(found.devices).reshape(slices, tensor)
     return Mesh(grid, (SLICE, TENSOR), axis_types=(AxisType.Auto,) * 2)

@@ -24,6 +24,7 @@ _kernel = functools.partial(verify_attention, backend="tpu")
 def tpu_devices(request, monkeypatch):
     # Without it libtpu asks a cloud metadata server which machine it is on, and waits.
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
     return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices
 
 
