@@ -30,18 +30,16 @@ def _recipe(number, *, before=lambda: None, argument=None):
 def test_a_program_is_built_once_per_key():
     pool, built = ProgramPool(), []
 
-    def build(number):
-        built.append(number)
-        return jax.jit(lambda x: x + number)
+    def recipe(number):
+        return _recipe(number, before=lambda: built.append(number))
 
-    x = jnp.zeros(3)
     for number in (1, 2, 1, 1):
-        program = pool.get(Recipe(number, lambda n=number: build(n), (x,)))
-        np.testing.assert_array_equal(program(x), np.full(3, number))
+        program = pool.get(recipe(number))
+        np.testing.assert_array_equal(program(jnp.zeros(3)), np.full(3, number))
     assert built == [1, 2] and pool.compiled == pool.surprises == len(pool) == 2
     pool.clear()
     assert len(pool) == 0
-    pool.get(Recipe(1, lambda: build(1), (x,)))
+    pool.get(recipe(1))
     assert built == [1, 2, 1] and pool.compiled == 3
 
 

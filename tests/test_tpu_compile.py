@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
+import tpu_topologies
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -92,12 +92,7 @@ class Shapes(NamedTuple):
 
 
 def _mesh(topology, *, slices, tensor):
-    with pytest.MonkeyPatch.context() as patch:
-        # Without it libtpu asks a cloud metadata server which machine it is on, and waits.
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    grid = np.asarray(found.devices).reshape(slices, tensor)
+    grid = np.asarray(tpu_topologies.devices(topology)).reshape(slices, tensor)
     return Mesh(grid, (SLICE, TENSOR), axis_types=(AxisType.Auto,) * 2)
 
 

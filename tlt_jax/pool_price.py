@@ -117,7 +117,8 @@ def _compile(runner: Runner, arrays: tuple[Any, ...], place: Place) -> tuple[int
     """Code and scratch bytes of a program, and seconds of compiling it."""
     programs = runner.programs
     kind = programs.kind(place.rows, place.strategy, training=False)
-    arguments = programs.chunk_shapes(kind, place.rows, place.length, runner.target, *arrays)
+    held = runner.target, *arrays
+    arguments = programs.chunk_shapes(kind, place.rows, place.length, held)
     lowered = programs.lowered_chunk(kind, arguments)
     start = time.perf_counter()
     compiled = lowered.compile()

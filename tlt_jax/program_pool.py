@@ -56,26 +56,19 @@ class ProgramPool:
 
     def get(self, recipe: Recipe) -> Any:
         """The program of a recipe, compiled here and now unless somebody has begun with it."""
-        here = False
         with self._lock:
-            future = self._programs.get(recipe.key)
-            if future is not None and future.done() and not future.cancelled():
-                return future.result()
-            self.surprises += future is None
-            if future is None or future.cancel():
-                here, future = True, Future()
-                self._programs[recipe.key] = future
-        began = time.monotonic()
+            begun = self._programs.get(recipe.key)
+            self.surprises += begun is None
+            if begun is not None and begun.cancel():
+                del self._programs[recipe.key]
+                begun = None
+        if begun is not None and begun.done():
+            return begun.result()
+        start = time.monotonic()
         try:
-            if here:
-                future.set_result(self._make(recipe))
-            return future.result()
-        except BaseException as error:
-            if here:
-                future.set_exception(error)
-            raise
+            return begun.result() if begun is not None else self._make_here(recipe)
         finally:
-            self.waited += time.monotonic() - began
+            self.waited += time.monotonic() - start
 
     def clock(self) -> float:
         """Monotonic seconds, without those that were waited for programs."""
@@ -100,11 +93,17 @@ class ProgramPool:
     def clear(self) -> None:
         """Forgets all programs, ordered ones too; a process on CPU may hold only so many."""
         self.cancel()
-        with self._lock:
-            self._programs.clear()
+        self._programs = {}
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def _make_here(self, recipe: Recipe) -> Any:
+        made: Future[Any] = Future()
+        made.set_result(self._make(recipe))
+        with self._lock:
+            self._programs[recipe.key] = made
+        return made.result()
 
     def _make(self, recipe: Recipe) -> Any:
         program = recipe.compile()

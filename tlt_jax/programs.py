@@ -167,46 +167,36 @@ class RolloutPrograms:
         """Lengthens caches to the next length bucket."""
         return self.pool.get(self._grow(rows))(rows)
 
-    def order(
+    def recipes(
         self,
         target: Any,
         drafter_state: DrafterState | None,
         buffer: DrafterBuffer | None,
         library: Library | None = None,
-    ) -> None:
-        """Has every program compiled that a rollout can need, in about the order of the need."""
+    ) -> list[Recipe]:
+        """Of every program that a rollout can need, in about the order of the need."""
         held = abstract((target, drafter_state, buffer, library))
-        wanted = [self._prefill(held[0], self._batch_shapes(self.first_rows))]
+        found = [self._prefill(target, self._batch_shapes(self.first_rows))]
         for rows in self.buckets:
             for length in self.rollout.length_buckets:
-                wanted += self._recipes(rows, length, *held)
-        self.pool.order(wanted)
+                found += self._recipes(rows, length, held)
+        return found
 
-    def warm_up(self, target: Any, *held: Any) -> None:
-        """`order`, and waits until all is compiled."""
-        self.order(target, *held)
+    def warm_up(self, *held: Any) -> None:
+        """Compiles all `recipes`, whose arguments it takes."""
+        self.pool.order(self.recipes(*held))
         self.pool.wait()
 
     # What programs are made of. What a key leaves out is the same throughout a run.
 
-    def _recipes(
-        self,
-        rows: int,
-        length: int,
-        target: Any,
-        drafter_state: DrafterState | None,
-        buffer: DrafterBuffer | None,
-        library: Library | None,
-    ) -> list[Recipe]:
+    def _recipes(self, rows: int, length: int, held: tuple[Any, ...]) -> list[Recipe]:
         """All that can run, or begin, with `rows` rows per slice in caches of `length`."""
-        found, shapes = [], self._state_shapes(target, rows, length)
+        found, shapes = [], self._state_shapes(rows, length)
         if length >= self.least_length(rows):
             for kind in self._kinds(rows):
-                arguments = self.chunk_shapes(
-                    kind, rows, length, target, drafter_state, buffer, library
-                )
-                found.append(self._chunk(kind, arguments))
+                found.append(self._chunk(kind, self.chunk_shapes(kind, rows, length, held)))
         if rows == self.first_rows and self._refills:
+            target, drafter_state = held[:2]
             draft = None if drafter_state is None else drafter_state.params
             found.append(self._refill((target, draft, shapes, *self._refill_shapes())))
         if length != self.rollout.length_buckets[-1]:
@@ -227,13 +217,10 @@ class RolloutPrograms:
         length = self.rollout.length_buckets[0]
         return Recipe(
             ("prefill", batch[0].shape, length),
-            lambda: self._prefill_jit(length),
+            lambda: row_programs.prefill_program(
+                self.mesh, self.policy, length=length, keep_features=self.drafting
+            ),
             (target, *batch),
-        )
-
-    def _prefill_jit(self, length: int) -> Any:
-        return row_programs.prefill_program(
-            self.mesh, self.policy, length=length, keep_features=self.drafting
         )
 
     def _refill(self, arguments: tuple[Any, ...]) -> Recipe:
@@ -286,20 +273,15 @@ class RolloutPrograms:
     # Abstract arguments, to compile for shapes that no array has yet.
 
     def chunk_shapes(
-        self,
-        kind: ChunkKind,
-        rows: int,
-        length: int,
-        target: Any,
-        drafter_state: DrafterState | None,
-        buffer: DrafterBuffer | None,
-        library: Library | None,
+        self, kind: ChunkKind, rows: int, length: int, held: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        """Arguments of a chunk for `rows` rows per slice in caches of `length`."""
+        """Arguments of a chunk for `rows` rows per slice in caches of `length`.
+
+        `held` are the target, drafter state, buffer and library, arrays or their shapes.
+        """
         sampler = self.sampler(jax.random.key(0), (0,))
         orders = self.orders(kind.strategy, rounds=0, index=0)
-        shapes = self._state_shapes(target, rows, length)
-        return target, drafter_state, buffer, library, sampler, orders, shapes
+        return *held, sampler, orders, self._state_shapes(rows, length)
 
     def _batch_shapes(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         count, split = self.slices * rows, sharding.per_slice(self.mesh)
@@ -313,9 +295,12 @@ class RolloutPrograms:
         batch = self._batch_shapes(self.refill_rows)
         return (batch[1], *batch)  # slots are numbers, like lengths
 
-    def _state_shapes(self, target: Any, rows: int, length: int) -> Any:
-        shapes = jax.eval_shape(self._prefill_jit(length), target, *self._batch_shapes(rows))
-        shardings = row_programs.state_shardings(self.mesh, keep_features=self.drafting)
+    def _state_shapes(self, rows: int, length: int) -> Any:
+        count, keeps = self.slices * rows, self.drafting
+        shapes = jax.eval_shape(
+            lambda: row_programs.empty_rows(self.policy, count, length, keep_features=keeps)
+        )
+        shardings = row_programs.state_shardings(self.mesh, keep_features=keeps)
         return jax.tree.map(
             lambda held, inner: jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held), inner

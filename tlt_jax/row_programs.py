@@ -23,6 +23,7 @@ from tlt_jax.drafting import Models
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import SLICE
 from tlt_jax.speculation import RolloutState, make_draft_cache
+from tlt_jax.types import INVALID
 
 
 def state_shardings(mesh: Mesh, *, keep_features: bool) -> RolloutState:
@@ -44,6 +45,28 @@ def slice_program(function: Callable[..., Any], mesh: Mesh, specs: Any, out: Any
     """`function` of one slice's arrays as a function of all slices'."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=out, axis_names={SLICE}, check_vma=False
+    )
+
+
+def empty_rows(
+    config: PolicyConfig, rows: int, length: int, *, keep_features: bool
+) -> RolloutState:
+    """Rows of padding in caches of `length`."""
+    number, nobody = jnp.zeros((rows,), jnp.int32), jnp.full((rows,), INVALID, jnp.int32)
+    features = jnp.zeros((rows, length, config.width), config.dtype)
+    return RolloutState(
+        tokens=jnp.zeros((rows, length), jnp.int32),
+        log_probs=jnp.zeros((rows, length), jnp.float32),
+        cache=policy.empty_cache(config, rows, length),
+        features=features if keep_features else None,
+        draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
+        length=number,
+        draft_length=number,
+        limit=number,
+        live=jnp.zeros((rows,), bool),
+        stored=jnp.ones((rows,), bool),
+        sequence_ids=nobody,
+        prompt_ids=nobody,
     )
 
 
@@ -76,19 +99,17 @@ def _begin(
 ) -> RolloutState:
     """Rows of new prompts on one slice, in caches of `length`; see `prefill_program`."""
     rows, prompt = tokens.shape
-    cache = policy.empty_cache(config, rows, length)
-    start = jnp.zeros((rows,), jnp.int32)
-    hidden, _, cache = policy.decode(target, config, tokens, cache, start)
+    empty = empty_rows(config, rows, length, keep_features=keep_features)
+    hidden, _, cache = policy.decode(target, config, tokens, empty.cache, empty.length)
 
     def widen(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
 
-    return RolloutState(
+    return dataclasses.replace(
+        empty,
         tokens=widen(tokens),
-        log_probs=jnp.zeros((rows, length), jnp.float32),
         cache=cache,
         features=widen(hidden) if keep_features else None,
-        draft_cache=drafter.empty_cache(config, rows, length) if keep_features else None,
         length=lengths,
         draft_length=jnp.full_like(lengths, -length),
         limit=limits,

@@ -162,15 +162,19 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
 
 
 def order_programs(machinery: Machinery, state: RunState) -> None:
-    """Has all programs of a run compiled in the background, in about the order of their need."""
+    """Has all programs of a run compiled in the background.
+
+    In about the order of their need, but for the policy update, which takes longest. What a step
+    computes outside of programs is run once, here and now.
+    """
     programs, rows = machinery.programs, machinery.config.learner
     most = rl_step.most_microbatches(machinery.config)
     empty = packing.empty_batch(most, rows.microbatch_rows, rows.row_length)
     update = rl_step.update_arguments(machinery, state, empty, 0)
-    programs.order(state.rollout_params, *state.carry.arrays)
     programs.pool.order(
         [
             rl_step.update_recipe(machinery, update),
+            *programs.recipes(state.rollout_params, *state.carry.arrays),
             rl_step.layout_recipe(machinery, state.learner.params),
         ]
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
+import tpu_topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,11 +21,8 @@ _kernel = functools.partial(verify_attention, backend="tpu")
 
 
 @pytest.fixture(params=_TOPOLOGIES)
-def tpu_devices(request, monkeypatch):
-    # Without it libtpu asks a cloud metadata server which machine it is on, and waits.
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
-    return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices
+def tpu_devices(request):
+    return tpu_topologies.devices(request.param)
 
 
 def _compile(attend, devices, *, b, t, n, k, s, h, dtype, specs=_REPLICATED):
