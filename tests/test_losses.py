@@ -120,3 +120,70 @@ def test_soft_cross_entropy_of_a_match_is_the_entropy():
     np.testing.assert_allclose(losses.soft_cross_entropy(logits, logits + 5), entropy, rtol=1e-5)
     others = losses.soft_cross_entropy(jnp.roll(logits, 1, axis=-1), logits)
     assert np.all(others > entropy)
+
+
+def _two_distributions(seed, spread=2.0):
+    return np.random.default_rng(seed).normal(scale=spread, size=(2, 4, 9)).astype(np.float32)
+
+
+def _softmax(logits):
+    grown = np.exp(logits.astype(np.float64))
+    return grown / grown.sum(axis=-1, keepdims=True)
+
+
+def test_coupled_acceptance_is_the_double_sum():
+    logits, target_logits = _two_distributions(0)
+    q, p = _softmax(logits), _softmax(target_logits)
+    pairs = np.maximum(p[..., None, :] / p[..., None], q[..., None, :] / q[..., None])
+    found = losses.coupled_acceptance(logits, target_logits)
+    np.testing.assert_allclose(found, np.sum(1 / pairs.sum(axis=-1), axis=-1), rtol=1e-5)
+
+
+def test_coupled_acceptance_is_how_often_noisy_arg_maxes_agree():
+    logits, target_logits = _two_distributions(1)
+    noise = np.random.default_rng(2).gumbel(size=(40_000, *logits.shape))
+    agree = np.argmax(logits + noise, axis=-1) == np.argmax(target_logits + noise, axis=-1)
+    found = losses.coupled_acceptance(logits, target_logits)
+    np.testing.assert_allclose(found, agree.mean(axis=0), atol=4 * 0.5 / 200)  # 4 deviations
+
+
+def test_rejection_acceptance_is_how_often_a_draft_is_kept():
+    logits, target_logits = _two_distributions(3)
+    q, p = _softmax(logits), _softmax(target_logits)
+    kept = np.sum(q * np.minimum(1, p / q), axis=-1)
+    np.testing.assert_allclose(losses.rejection_acceptance(logits, target_logits), kept, rtol=1e-5)
+
+
+_ACCEPTANCE = (losses.coupled_acceptance, losses.rejection_acceptance)
+
+
+@pytest.mark.parametrize("acceptance", _ACCEPTANCE)
+def test_what_equals_the_target_is_always_accepted_and_what_is_apart_never(acceptance):
+    logits = jnp.asarray(_two_distributions(4)[0])
+    np.testing.assert_allclose(acceptance(logits, logits + 3), 1, rtol=1e-5)
+    left, right = jnp.array([0.0, 0.5, -1e30, -1e30]), jnp.array([-1e30, -1e30, 0.0, 0.5])
+    np.testing.assert_allclose(acceptance(left, right), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("acceptance", _ACCEPTANCE)
+def test_the_gradient_of_an_acceptance_is_its_slope(acceptance):
+    logits, target_logits = map(jnp.asarray, _two_distributions(5))
+    direction = jnp.asarray(_two_distributions(6)[0])
+    slope = jnp.sum(jax.grad(lambda x: jnp.sum(acceptance(x, target_logits)))(logits) * direction)
+    ahead, back = (
+        jnp.sum(acceptance(logits + h * direction, target_logits)) for h in (3e-3, -3e-3)
+    )
+    np.testing.assert_allclose(slope, (ahead - back) / 6e-3, rtol=0.02, atol=2e-3)
+    assert abs(slope) > 0.01
+
+
+def test_masked_tokens_leave_acceptances_finite():
+    """Top-k and top-p filtering give tokens no probability; gradients go through them, too."""
+    logits, target_logits = map(jnp.asarray, _two_distributions(7))
+    masked = target_logits.at[:, 3:].set(-1e30)
+    for acceptance in _ACCEPTANCE:
+        for draft in (logits, logits.at[:, :5].set(-1e30)):
+            found, gradient = jax.value_and_grad(lambda x, f=acceptance: jnp.sum(f(x, masked)))(
+                draft
+            )
+            assert np.isfinite(found) and np.all(np.isfinite(gradient))

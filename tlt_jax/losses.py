@@ -69,3 +69,30 @@ def soft_cross_entropy(logits: jax.Array, target_logits: jax.Array) -> jax.Array
     """Cross-entropy of `logits` [..., V] against the distribution of `target_logits`, in nats."""
     target = jax.nn.softmax(target_logits, axis=-1)
     return -jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+
+def coupled_acceptance(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
+    """Probability that a draft under shared Gumbel noise is the token that the target takes.
+
+    With p the target's distribution and q the drafter's, softmax of [..., V] each, the two noisy
+    arg-maxes are both i with probability 1 / sum_j max(p_j / p_i, q_j / q_i) (Daliri et al.,
+    arXiv 2408.07978). In the order of q / p the sum is what p holds up to i, over p_i, plus what q
+    holds beyond, over q_i: V log V operations and not V squared. Differentiable; shape [...].
+    """
+    log_p, log_q = jax.nn.log_softmax(target_logits), jax.nn.log_softmax(logits)
+    order = jnp.argsort(jax.lax.stop_gradient(log_q - log_p), axis=-1)
+    p, q = (jnp.exp(jnp.take_along_axis(x, order, axis=-1)) for x in (log_p, log_q))
+    up_to = jnp.cumsum(p, axis=-1)
+    beyond = jax.lax.cumsum(q, axis=q.ndim - 1, reverse=True) - q
+    whole = up_to * q + beyond * p
+    possible = whole > 0  # not so where both distributions are zero
+    return jnp.sum(jnp.where(possible, p * q / jnp.where(possible, whole, 1.0), 0.0), axis=-1)
+
+
+def rejection_acceptance(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
+    """Probability that rejection sampling keeps a draft: the sum of min(p, q), shape [...].
+
+    Source: Leviathan et al., arXiv 2211.17192, corollary 3.6.
+    """
+    overlap = jnp.minimum(jax.nn.softmax(logits), jax.nn.softmax(target_logits))
+    return jnp.sum(overlap, axis=-1)
