@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict(dataclasses.asdict(RunConfig()))
     config.warm_start_dir = WARM_START
     config.policy.update(num_layers=48, width=64, num_heads=2, num_kv_heads=1, ffn_width=192)
-    config.drafter.update(ffn_width=512, train_depth=3, learning_rate=1e-4)
+    config.drafter.update(ffn_width=512, objective="hass", train_depth=3, learning_rate=1e-4)
     config.task.mix = "easy"
     config.rollout.length_buckets = (144, 256, 512)
     config.rollout.chunk_tokens = 120

@@ -1,5 +1,7 @@
 """The drafter: its pairs by hand, a naive layer, and training rows against cached decoding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import naive_decoder
@@ -84,6 +86,28 @@ def test_packed_forward_is_the_naive_layer_on_every_segment(params, tiny_config,
         stream = naive_decoder.layer(weights, tiny_config, both @ np.concatenate(fuse))
         expected = naive_decoder.rms_norm(stream, params["norm"], eps)
         np.testing.assert_allclose(found[row, here], expected, atol=2e-5)
+
+
+def test_several_hidden_states_are_normed_one_by_one_and_read_as_one(tiny_config, random_params):
+    config = dataclasses.replace(tiny_config, feature_layers=(0, 1))
+    params = random_params(drafter.param_specs(config, DRAFTER), 0)
+    drawn = np.random.default_rng(1).standard_normal((2, T, 3, D)).astype(np.float32)
+    drawn *= np.array([[1.0], [30.0], [0.1]], np.float32)  # residual streams grow with depth
+    expected = sum(
+        naive_decoder.rms_norm(drawn[:, :, part], params["read_norm"][part], config.norm_eps)
+        @ np.asarray(params["read"][part], np.float64)
+        for part in range(3)
+    )
+    features = jnp.asarray(drawn.reshape(2, T, 3 * D))
+    read = drafter.read(params, config, features)
+    np.testing.assert_allclose(read, expected, rtol=1e-4, atol=1e-4)
+
+    embedded = jnp.asarray(np.random.default_rng(2).standard_normal((2, T, D)), jnp.float32)
+    steps = _steps(params, config, features, embedded, POSITIONS, SEGMENTS, steps=2)
+    known = _steps(params, tiny_config, read, embedded, POSITIONS, SEGMENTS, steps=2)
+    for (found, _), (wanted, _) in zip(steps, known, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert "read" not in drafter.param_specs(tiny_config, DRAFTER)
 
 
 def test_decoding_pair_by_pair_is_the_packed_row(params, tiny_config, pairs):

@@ -39,6 +39,7 @@ def _check(programs, draft):
         "queue",
         "plain queue",
         "ngram queue on tensor",
+        "fused",
     ],
 )
 def test_strategies_and_meshes_give_the_same_tokens(name):
@@ -57,9 +58,10 @@ def test_strategies_and_meshes_give_the_same_tokens(name):
         "queue": {"chain-2"},
         "plain queue": {"plain"},
         "ngram queue on tensor": {"ngram-3-2-6"},
+        "fused": {"chain-2"},
     }
-    programs = toy_engine.engine(name)
-    chunks = _check(programs, toy_engine.random_drafter())
+    programs, draft = toy_engine.engine(name), toy_engine.random_drafter()
+    chunks = _check(programs, toy_engine.fused(draft) if name == "fused" else draft)
     assert {record.strategy for record in chunks} == strategies[name]
     assert len(chunks[0].live) == programs.slices
 

@@ -16,8 +16,8 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, -1, -1]], np.i
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
 CACHE_LENGTH = 12
 
-_decode = jax.jit(policy.decode, static_argnames=("config", "hidden_layers"))
-_packed = jax.jit(policy.packed_forward, static_argnames=("config", "hidden_layers"))
+_decode = jax.jit(policy.decode, static_argnames="config")
+_packed = jax.jit(policy.packed_forward, static_argnames="config")
 
 
 def _plain_rows(count):
@@ -25,6 +25,11 @@ def _plain_rows(count):
     shape = (2, count)
     segments = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32)[:, None], shape)
     return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), shape), segments
+
+
+def _with_layers(config):
+    """The config with features of both layers, the second first."""
+    return dataclasses.replace(config, feature_layers=(1, 0))
 
 
 def _one_by_one(params, config, tokens, cache, lengths):
@@ -46,11 +51,13 @@ def params(family, random_params):
 @pytest.fixture(scope="module")
 def forward(params, family):
     """Hidden states of `TOKENS` as two sequences of eight tokens, by `packed_forward`."""
-    return _packed(params, family, TOKENS, *_plain_rows(8), hidden_layers=(1, 0))
+    return _packed(params, _with_layers(family), TOKENS, *_plain_rows(8))
 
 
 def test_packed_forward_is_the_naive_decoder_on_every_segment(params, family):
-    hidden, streams = _packed(params, family, TOKENS, POSITIONS, SEGMENTS, hidden_layers=(1, 0))
+    hidden, features = _packed(params, _with_layers(family), TOKENS, POSITIONS, SEGMENTS)
+    streams = np.split(features, 3, axis=-1)
+    np.testing.assert_array_equal(streams[2], hidden)
     found = policy.logits(params, hidden)
     assert found.dtype == jnp.float32 and found.shape == (2, 8, 11)
     for row, segment in ((0, 0), (0, 1), (1, 2)):
@@ -64,12 +71,11 @@ def test_packed_forward_is_the_naive_decoder_on_every_segment(params, family):
 
 def test_decoding_one_by_one_or_at_once_is_the_packed_forward(params, family, forward):
     cache, start = policy.empty_cache(family, 2, CACHE_LENGTH), jnp.zeros((2,), jnp.int32)
-    at_once, streams, filled = _decode(params, family, TOKENS, cache, start, hidden_layers=(1, 0))
+    at_once, features, filled = _decode(params, _with_layers(family), TOKENS, cache, start)
     stepwise, filled_stepwise = _one_by_one(params, family, TOKENS, cache, start)
     np.testing.assert_allclose(at_once, forward[0], atol=1e-5)
     np.testing.assert_allclose(stepwise, forward[0], atol=1e-5)
-    for found, expected in zip(streams, forward[1], strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(features, forward[1], atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), filled, filled_stepwise)
 
 
@@ -77,7 +83,7 @@ def test_right_padding_of_the_prefill_leaves_no_trace(params, family, forward):
     prompt = np.where(np.arange(8) < np.array([[3], [5]]), TOKENS, 7)  # padded with garbage
     lengths = jnp.array([3, 5], jnp.int32)
     cache, start = policy.empty_cache(family, 2, CACHE_LENGTH), jnp.zeros((2,), jnp.int32)
-    prefilled, _, cache = _decode(params, family, prompt, cache, start, hidden_layers=(1, 0))
+    prefilled, _, cache = _decode(params, family, prompt, cache, start)
     following = np.stack([TOKENS[0, 3:6], TOKENS[1, 5:8]])
     decoded, _ = _one_by_one(params, family, following, cache, lengths)
     for row, length in enumerate((3, 5)):
@@ -94,7 +100,7 @@ def test_each_branch_of_a_tree_is_the_branch_decoded_alone(params, family):
     for node in range(1, 5):
         mask[node] |= mask[parents[node]]
     cache, start = policy.empty_cache(family, 2, CACHE_LENGTH), jnp.zeros((2,), jnp.int32)
-    _, _, cache = _decode(params, family, TOKENS, cache, start, hidden_layers=(1, 0))
+    _, _, cache = _decode(params, family, TOKENS, cache, start)
     lengths = jnp.array([4, 6], jnp.int32)  # what lies beyond is overwritten
     nodes = np.array([[2, 7, 8, 1, 0], [9, 4, 6, 6, 3]], np.int32)
     tree, _, _ = _decode(
@@ -144,7 +150,8 @@ def test_bfloat16_stays_bfloat16_and_near_float32(tiny_config, random_params):
     cache, start = policy.empty_cache(narrow, 2, CACHE_LENGTH), jnp.zeros((2,), jnp.int32)
     hidden, _, cache = _decode(params, narrow, TOKENS, cache, start)
     packed, _ = _packed(params, narrow, TOKENS, *_plain_rows(8))
-    expected, _ = _packed(wide, tiny_config, TOKENS, *_plain_rows(8), hidden_layers=(1, 0))
+    expected, alone = _packed(wide, tiny_config, TOKENS, *_plain_rows(8))
+    np.testing.assert_array_equal(alone, expected)  # without further layers these are the features
     assert {x.dtype for x in jax.tree.leaves((hidden, packed, cache))} == {jnp.dtype("bfloat16")}
     assert policy.logits(params, hidden).dtype == jnp.float32
     # bfloat16 rounds by up to 2^-9 = 0.002 of a value; some ten roundings lie on each path, and

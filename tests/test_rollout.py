@@ -34,6 +34,21 @@ def test_counting_to_the_limit(name):
         assert response.tokens.tolist() == toy_engine.counted(prompt, 34)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_the_drafter_reads_the_hidden_state_it_wants(part):
+    """Of two layers of a policy that counts; through prefill, rounds and refills."""
+    asked = toy_engine.counting_prompts(*LENGTHS)
+    target, draft = toy_engine.counting()
+    models = target, toy_engine.fused(draft, part=part)
+    result = toy_engine.roll(toy_engine.engine("fused"), models, asked, learn=False)
+    for response, prompt, count in zip(result.responses, asked, LENGTHS, strict=True):
+        assert response.tokens.tolist() == toy_engine.counted(prompt, count)
+    drafted = [sum(record.row_rounds) for record in result.chunks]
+    accepted = [record.accepted[0] for record in result.chunks]
+    # A row's first guess is made from its prompt; its last round may end before the drafts do.
+    assert sum(accepted) >= sum(drafted) - 2 * len(LENGTHS) > 0
+
+
 @pytest.fixture(scope="module")
 def random_rollout():
     """Responses in the order in which they were handed out, and the result; there is a tail."""

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import drafter, policy, sharding, spot_training
+from tlt_jax import drafter, objectives, policy, sampling, sharding, spot_training
 from tlt_jax.buffer import Microbatch
 from tlt_jax.config import DrafterConfig, MeshConfig
 from tlt_jax.spot_training import GradientSum
@@ -26,6 +26,7 @@ CONFIG = DrafterConfig(
     microbatch_tokens=8,
     train_depth=2,
 )
+SAMPLING = sampling.make_params(0.8, 0, 1.0, filtered=False)
 TX = spot_training.optimizer(CONFIG)
 W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
@@ -42,7 +43,7 @@ def _evaluate(params, target, policy_config, microbatch):
     """(loss, terms), and the loss's gradients with respect to the drafter and to the target."""
 
     def loss(params, target):
-        return spot_training.loss_sum(params, target, policy_config, CONFIG, microbatch)
+        return objectives.loss_sum(params, target, policy_config, CONFIG, SAMPLING, microbatch)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, target)
 
@@ -91,13 +92,31 @@ def _accumulate(params, target, policy_config, buffer, key, count):
     """Sum of `count` microbatches, drawn by the key and their number."""
     total = spot_training.zero_sum(params)
     for index in range(count):
-        given = (policy_config, CONFIG, buffer, jax.random.fold_in(key, index), jnp.bool_(True))
+        given = (
+            policy_config,
+            CONFIG,
+            SAMPLING,
+            buffer,
+            jax.random.fold_in(key, index),
+            jnp.bool_(True),
+        )
         total, taken = _add_sample(total, params, target, *given)
         assert int(taken) == (int(buffer.filled) > 0)
     return total
 
 
-def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch):
+def _disagreement(objective, logits, target_logits):
+    """What one term of an objective is, by its definition."""
+    if objective == "acceptance":
+        q, p = (np.exp(x / 0.8) / np.sum(np.exp(x / 0.8)) for x in (logits, target_logits))
+        sums = [np.sum(np.maximum(p / p[i], q / q[i])) for i in range(len(p))]
+        return -np.log(np.sum(1 / np.array(sums)))
+    probs = np.exp(target_logits) / np.sum(np.exp(target_logits))
+    return -probs @ (logits - np.log(np.sum(np.exp(logits))))
+
+
+@pytest.mark.parametrize("objective", ["hass", "eagle3", "acceptance"])
+def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch, objective):
     embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
     given = (microbatch.features, embedded, POSITIONS, SEGMENTS, microbatch.starts)
     steps = _steps(params, tiny_config, *given, count=W, steps=2)
@@ -111,13 +130,24 @@ def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, micro
         estimate, truth = estimates[depth][row, t], features[row, t + 1]
         distance = np.abs(estimate - truth)
         smooth = np.mean(np.where(distance < 1, distance**2 / 2, distance - 0.5))
-        probs = np.exp(truth @ head) / np.sum(np.exp(truth @ head))
-        cross = -probs @ (estimate @ head - np.log(np.sum(np.exp(estimate @ head))))
-        expected += cross + CONFIG.feature_loss_weight * smooth
+        expected += _disagreement(objective, estimate @ head, truth @ head)
+        expected += CONFIG.feature_loss_weight * smooth * (objective != "eagle3")
         count += 1
-    (loss, weight), _ = _evaluate(params, target, tiny_config, microbatch)
+    config = dataclasses.replace(CONFIG, objective=objective)
+    loss, weight = _loss(params, target, tiny_config, config, SAMPLING, microbatch)
     assert count == 21 and float(weight) == 21  # 12 pairs, of which 9 have one before them
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_of_several_hidden_states_the_last_is_the_target(params, target, tiny_config, microbatch):
+    """A drafter that reads nothing but the last one has the loss of one that knows no other."""
+    config = dataclasses.replace(tiny_config, feature_layers=(0,))
+    other = jax.random.normal(jax.random.key(8), microbatch.features.shape)
+    wide = microbatch.replace(features=jnp.concatenate([other, microbatch.features], axis=-1))
+    reading = {"read_norm": jnp.ones((2, D)), "read": jnp.stack([jnp.zeros((D, D)), jnp.eye(D)])}
+    found = _loss(params | reading, target, config, CONFIG, SAMPLING, wide)
+    expected = _loss(params, target, tiny_config, CONFIG, SAMPLING, microbatch)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_padding_and_the_step_between_segments_do_not_count(
@@ -159,17 +189,17 @@ def test_the_parts_of_a_row_add_up_to_what_they_hold(params, target, tiny_config
     def part(start):
         config = dataclasses.replace(CONFIG, train_depth=1, microbatch_tokens=4)
         starts = jnp.full(2, start, jnp.int32)
-        return _loss(params, target, tiny_config, config, microbatch.replace(starts=starts))
+        moved = microbatch.replace(starts=starts)
+        return _loss(params, target, tiny_config, config, SAMPLING, moved)
 
-    whole = _loss(
-        params, target, tiny_config, dataclasses.replace(CONFIG, train_depth=1), microbatch
-    )
+    shallow = dataclasses.replace(CONFIG, train_depth=1)
+    whole = _loss(params, target, tiny_config, shallow, SAMPLING, microbatch)
     (loss, pairs), (more, others) = part(0), part(4)
     assert (pairs, others) == (3 + 4, 2 + 3) and float(whole[1]) == 12
     np.testing.assert_allclose(loss + more, whole[0], rtol=1e-5)
 
 
-_loss = jax.jit(spot_training.loss_sum, static_argnames=("policy_config", "config"))
+_loss = jax.jit(objectives.loss_sum, static_argnames=("policy_config", "config"))
 
 
 def test_the_target_gets_no_gradient_and_all_of_the_drafter_does(
@@ -200,6 +230,7 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
                 target,
                 tiny_config,
                 CONFIG,
+                SAMPLING,
                 jax.tree.map(lambda x: x[0], buffer),
                 jax.random.fold_in(own_key, index),
                 index < count[0],

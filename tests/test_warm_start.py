@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy_run
 
-from tlt_jax import drafter, policy, sharding, warm_start, weights
+from tlt_jax import drafter, offline_training, policy, sharding, warm_start, weights
 
 CONFIG = toy_run.changed(
     toy_run.CONFIG,
@@ -73,13 +73,15 @@ def test_a_phase_without_steps_leaves_its_weights_alone(
 
 
 def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_zero():
-    rate = warm_start.schedule(0.4, 40)
+    rate = offline_training.schedule(0.4, 40)
     assert [float(rate(step)) for step in (0, 1, 2)] == pytest.approx([0.0, 0.2, 0.4])
     assert float(rate(21)) == pytest.approx(0.2) and float(rate(40)) == pytest.approx(0.0)
 
 
 def test_the_drafters_rate_has_that_schedule():
-    tx = warm_start.drafter_optimizer(toy_run.changed(CONFIG, warm_start={"drafter_steps": 40}))
+    tx = offline_training.drafter_optimizer(
+        toy_run.changed(CONFIG, warm_start={"drafter_steps": 40})
+    )
     params, slope = {"w": np.ones(2, np.float32)}, {"w": np.full(2, 0.1, np.float32)}
     first, state = tx.update(slope, tx.init(params), params)
     second, _ = tx.update(slope, state, params)
@@ -96,6 +98,6 @@ def test_the_drafters_learning_rate_is_that_of_the_warm_start(made, data_dir, tm
 def test_batches_lie_over_the_slices(data_dir):
     mesh = sharding.make_mesh(CONFIG.mesh)
     rows = {"tokens": np.arange(24).reshape(6, 4)}
-    batch = warm_start.Batches(rows, CONFIG, mesh).next()["tokens"]
+    batch = offline_training.Batches(rows, CONFIG, mesh).next()["tokens"]
     assert batch.shape == (2, 4)
     assert [shard.data.shape for shard in batch.addressable_shards] == [(1, 4), (1, 4)]

@@ -52,6 +52,9 @@ DRAFTER = DrafterConfig(
     train_depth=1,
     rounds_per_microbatch=(2, 1),
 )
+# The same policy with features of two layers, for a drafter that learns to be accepted.
+FUSED = dataclasses.replace(SHAPE, feature_layers=(0,))
+ACCEPTED = dataclasses.replace(DRAFTER, objective="acceptance", train_depth=2)
 # Two row buckets with a depth each, and two length buckets.
 ROLLOUT = RolloutConfig(
     prompts_per_step=2,
@@ -87,6 +90,15 @@ def random_policy(seed=0):
 def random_drafter(seed=1):
     """A drafter that knows nothing of the policy; shared noise still makes some guesses right."""
     return draw(drafter.param_specs(SHAPE, DRAFTER), seed)
+
+
+def fused(draft, *, part=1):
+    """The drafter for features of two layers, which reads nothing but one part of them."""
+    size = SHAPE.width
+    return draft | {
+        "read_norm": jnp.ones((2, size)),
+        "read": jnp.zeros((2, size, size)).at[part].set(jnp.eye(size)),
+    }
 
 
 @functools.cache
@@ -207,12 +219,14 @@ class Engine(RolloutPrograms):
         )
 
 
-def _engine(*, slices=2, tensor=1, drafting=True, training=True, **changes):
+def _engine(
+    *, slices=2, tensor=1, drafting=True, training=True, policy=SHAPE, drafter=DRAFTER, **changes
+):
     return Engine(
         mesh=sharding.make_mesh(MeshConfig(slices=slices, tensor=tensor)),
-        policy=SHAPE,
+        policy=policy,
         rollout=dataclasses.replace(ROLLOUT, **changes),
-        drafter=DRAFTER,
+        drafter=drafter,
         drafting=drafting,
         training=training,
     )
@@ -249,6 +263,10 @@ _KINDS = {
         "training": False,
         "library_texts": 8,
     },
+    "fused": {
+        **{"policy": FUSED, "drafter": ACCEPTED, "row_buckets": (2,), "length_buckets": (48,)},
+        **{"strategies": ("chain-2",)},
+    },
     "queue": {"row_buckets": (2,), "strategies": ("chain-2",)},
     "plain queue": {
         **{"slices": 1, "row_buckets": (6,), "strategies": ("plain",), "length_buckets": (48,)},
@@ -272,7 +290,8 @@ _KINDS = {
 def engine(name):
     """One of the engines that all test modules share, warmed up once."""
     made = _engine(**_KINDS[name])
-    target, draft = place(made, random_policy()), drafter_state(made, random_drafter())
+    draft = fused(random_drafter()) if name == "fused" else random_drafter()
+    target, draft = place(made, random_policy()), drafter_state(made, draft)
     if "filtered" not in name:  # they take two stop tokens, and warming up is for one
         made.warm_up(target, draft, buffers(made), made.empty_library())
     return dataclasses.replace(made, warmed_up=made.pool.compiled)

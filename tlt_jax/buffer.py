@@ -5,7 +5,7 @@ oldest row is dropped first. A step's longest sequences end last, hence they are
 when the next step begins: training in that step's early tail sees the long sequences of the step
 before (one-step-off sampling) although its own are not finished yet.
 
-Axes: R rows, W row length, D feature width, S sequence length, M microbatch rows.
+Axes: R rows, W row length, F feature width, S sequence length, M microbatch rows.
 """
 
 import jax
@@ -20,7 +20,7 @@ class DrafterBuffer:
     """A frozen ring of packed rows."""
 
     tokens: jax.Array  # [R, W] int32
-    features: jax.Array  # [R, W, D], target features
+    features: jax.Array  # [R, W, F], target features
     segment_ids: jax.Array  # [R, W] int32, INVALID where empty
     positions: jax.Array  # [R, W] int32, restarting with each segment
     row: jax.Array  # [] int32, the row being filled
@@ -34,7 +34,7 @@ class Microbatch:
     """Packed rows, and which part of each is trained; the rest is what that part sees."""
 
     tokens: jax.Array  # [M, W] int32
-    features: jax.Array  # [M, W, D]
+    features: jax.Array  # [M, W, F]
     segment_ids: jax.Array  # [M, W] int32
     positions: jax.Array  # [M, W] int32
     starts: jax.Array  # [M] int32, the part's first token
@@ -63,7 +63,7 @@ def insert(
     Args:
       buffer: the ring.
       tokens: [S] int32.
-      features: [S, D], h[0] .. h[length - 1] valid.
+      features: [S, F], h[0] .. h[length - 1] valid.
       length: [] int32, tokens to store; 0 stores nothing. At most W.
     """
     rows, row_length = buffer.tokens.shape
@@ -105,7 +105,7 @@ def insert_each(
     Args:
       buffer: the ring.
       tokens: [B, S] int32.
-      features: [B, S, D].
+      features: [B, S, F].
       lengths: [B] int32, tokens to store of each; at most W.
       wanted: [B] bool.
     """

@@ -34,7 +34,7 @@ from tlt_jax.speculation import (
     zero_stats,
 )
 from tlt_jax.spot_training import DrafterState, GradientSum
-from tlt_jax.types import Strategy
+from tlt_jax.types import SamplingParams, Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,9 @@ def _chunk(
         work = dataclasses.replace(work, total=spot_training.zero_sum(state.params))
         key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
         key = jax.random.fold_in(key, orders.index)
-        train = functools.partial(_train, state.params, target, config, drafter_config, key)
+        train = functools.partial(
+            _train, state.params, target, config, drafter_config, sampler.params, key
+        )
         work = run_blocks(roll, train, kind.block, orders.rounds, work)
         assert work.total is not None
         state, loss = _update(drafter_config, state, work.total)
@@ -260,6 +262,7 @@ def _train(
     target: Any,
     config: PolicyConfig,
     drafter_config: DrafterConfig,
+    sampling_params: SamplingParams,
     key: jax.Array,
     work: SliceWork,
     block: jax.Array,
@@ -270,7 +273,15 @@ def _train(
     key = jax.random.fold_in(jax.random.fold_in(key, jax.lax.axis_index(SLICE)), block)
     with jax.named_scope("spot_training"):
         total, taken = spot_training.add_sample(
-            work.total, params, target, config, drafter_config, work.buffer, key, wanted
+            work.total,
+            params,
+            target,
+            config,
+            drafter_config,
+            sampling_params,
+            work.buffer,
+            key,
+            wanted,
         )
     return dataclasses.replace(work, total=total, microbatches=work.microbatches + taken)
 
@@ -303,7 +314,7 @@ def empty_buffers(mesh: Mesh, config: PolicyConfig, drafter_config: DrafterConfi
         own = buffer_lib.empty(
             drafter_config.buffer_rows,
             drafter_config.row_length,
-            config.width,
+            config.feature_width,
             jnp.dtype(config.dtype),
         )
         return jax.tree.map(lambda x: jnp.stack([x] * mesh.shape[SLICE]), own)

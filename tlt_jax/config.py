@@ -27,7 +27,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """Shape of a decoder: Qwen2/2.5 has `qkv_bias`, Qwen3 `qk_norm`, Llama 3 `rope_scaling`."""
+    """Shape of a decoder: Qwen2/2.5 has `qkv_bias`, Qwen3 `qk_norm`, Llama 3 `rope_scaling`.
+
+    A token's features, which the drafter reads, are its final hidden state, and before it those
+    after `feature_layers` (EAGLE-3 reads a low and a middle one).
+    """
 
     vocab_size: int = 128
     num_layers: int = 16
@@ -44,11 +48,17 @@ class PolicyConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     attention_backend: str = "reference"
+    feature_layers: tuple[int, ...] = ()
 
     @property
     def group(self) -> int:
         """Query heads per kv head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers in a token's features."""
+        return self.width * (1 + len(self.feature_layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,16 +183,21 @@ class RolloutConfig:
 class DrafterConfig:
     """The drafter, its data buffer and its training on idle slices.
 
-    A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows, trained at
-    draft depths 1 .. `train_depth`. `rounds_per_microbatch` is its price in each row bucket: an
-    idle slice takes one while the others run that many rounds. These are constants, not clock
-    readings, so that a run repeated from the same seed gives the same bits. `between_steps_budget`
-    applies with one slice, which is never idle: the share of a step's rounds spent on training
-    after the rollout.
+    `objective` is what it learns at draft depths 1 .. `train_depth`, in inference's own attention
+    pattern (see `objectives.loss_sum`): "eagle" (at depth 1) and "hass" the target's
+    distribution and features, "eagle3" the distribution alone, "acceptance" how likely a draft is
+    to be accepted.
+
+    A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows.
+    `rounds_per_microbatch` is its price in each row bucket: an idle slice takes one while the
+    others run that many rounds. These are constants, not clock readings, so that a run repeated
+    from the same seed gives the same bits. `between_steps_budget` applies with one slice, which is
+    never idle: the share of a step's rounds spent on training after the rollout.
     """
 
     ffn_width: int = 256
     train: bool = True
+    objective: str = "eagle"
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -228,8 +243,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised warm start of the policy and the drafter (`python -m tlt_jax.warm_start`)."""
+    """Supervised warm start of the policy and the drafter (`python -m tlt_jax.warm_start`).
 
+    `python -m tlt_jax.pretrain_drafter` takes `drafter_steps` on `responses` of the policy instead.
+    """
+
+    responses: int = 512
     policy_steps: int = 600
     drafter_steps: int = 200
     batch_rows: int = 8

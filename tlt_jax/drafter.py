@@ -12,7 +12,11 @@ target's own head turns into a guess at x[t + 2]:
 
 `training_pairs` is the one place where pairs are made for training; at inference the same rule is
 applied to the feature buffer (`speculation`). Embedding and head belong to the target and come in
-as read-only arguments: the drafter's own tree holds neither. Axes as in `policy`.
+as read-only arguments: the drafter's own tree holds neither.
+
+Where the features hold several hidden states (`PolicyConfig.feature_layers`), the drafter first
+reads them into one (EAGLE-3, arXiv 2503.01840, section 3.1); its own estimates need no reading.
+Axes as in `policy`; F is the feature width.
 """
 
 from typing import Any
@@ -34,16 +38,21 @@ Params = Any
 class Pairs:
     """Drafter inputs and targets of packed rows, T = row length."""
 
-    features: jax.Array  # [B, T, D], h[t]
+    features: jax.Array  # [B, T, F], h[t]
     next_tokens: jax.Array  # [B, T] int32, x[t + 1]
-    target_features: jax.Array  # [B, T, D], h[t + 1]
+    target_features: jax.Array  # [B, T, F], h[t + 1]
     weights: jax.Array  # [B, T] float32, 1 where pair t and its target lie in one segment
 
 
 def param_specs(config: PolicyConfig, drafter: DrafterConfig) -> Params:
     """Declares the drafter's own parameters."""
     width = config.width
-    return {
+    parts = 1 + len(config.feature_layers)
+    read = {
+        "read_norm": ParamSpec((parts, width), (None, "width"), None),
+        "read": ParamSpec((parts, width, width), (None, None, "width"), (parts * width) ** -0.5),
+    }
+    return (read if parts > 1 else {}) | {
         "feature_norm": ParamSpec((width,), ("width",), None),
         "token_norm": ParamSpec((width,), ("width",), None),
         "fuse": ParamSpec((2, width, width), (None, None, "width"), (2 * width) ** -0.5),
@@ -61,6 +70,15 @@ def empty_cache(config: PolicyConfig, rows: int, length: int) -> LayerCache:
     """The drafter's cache: slot t holds pair t."""
     dtype = jnp.dtype(config.dtype)
     return kv_cache.empty(rows, config.num_kv_heads, length, config.head_size, dtype)
+
+
+def read(params: Params, config: PolicyConfig, features: jax.Array) -> jax.Array:
+    """What the drafter takes of the target's features [B, T, F]: [B, T, D]."""
+    if not config.feature_layers:
+        return features
+    parts = features.reshape(*features.shape[:-1], -1, config.width)
+    normed = policy.rms_norm(parts, params["read_norm"], config.norm_eps)
+    return normed.reshape(features.shape) @ params["read"].reshape(-1, config.width)
 
 
 def _fuse(
@@ -89,7 +107,7 @@ def decode(
     Args:
       params: drafter parameters.
       config: the policy's shape.
-      features: h[t] of each pair, [B, T, D].
+      features: what was read of h[t] of each pair, or the drafter's estimate of it, [B, T, D].
       embedded: target embedding of x[t + 1], [B, T, D].
       cache: the drafter's cache.
       lengths: index of the first pair, [B] int32; pairs go to slots `lengths + first_node` and on.
@@ -128,7 +146,7 @@ def decode(
 
 
 def training_pairs(tokens: jax.Array, features: jax.Array, segment_ids: jax.Array) -> Pairs:
-    """Pairs of packed rows: tokens [B, T], features [B, T, D], segment ids [B, T].
+    """Pairs of packed rows: tokens [B, T], features [B, T, F], segment ids [B, T].
 
     Pair t is used where t + 1 lies in the same segment, and its target feature exists there. The
     last token of a finished sequence was never fed to the target, so its feature is missing; the
@@ -176,7 +194,7 @@ def packed_steps(
     Args:
       params: drafter parameters.
       config: the policy's shape.
-      features: h[t], [B, T, D].
+      features: h[t], [B, T, F].
       embedded: target embeddings of x[t + 1], [B, T, D].
       positions: [B, T] int32.
       segment_ids: [B, T] int32.
@@ -192,7 +210,7 @@ def packed_steps(
     def cut(x: jax.Array) -> jax.Array:
         return kv_cache.take_rows(x, starts, count)
 
-    inputs = _fuse(params, config, features, embedded)
+    inputs = _fuse(params, config, read(params, config, features), embedded)
     rotation = policy.rotation_of(config, positions)
     keys, values = policy.keys_and_values(params["layer"], config, inputs, rotation)
     mask = cut(attention.packed_mask(segment_ids))  # [B, count, T]

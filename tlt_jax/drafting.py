@@ -41,7 +41,7 @@ class DraftInputs:
     """What the drafters know of the rows."""
 
     tokens: jax.Array  # [B, S] int32
-    features: jax.Array | None  # [B, S, D], target features of tokens 0 .. length - 2
+    features: jax.Array | None  # [B, S, F], target features of tokens 0 .. length - 2
     cache: LayerCache | None  # the trained drafter's
     cached: jax.Array  # [B] int32, pairs in `cache` that come from true features
     length: jax.Array  # [B] int32, committed tokens
@@ -189,8 +189,9 @@ class _Trained:
         inputs, count = self.inputs, self.strategy.most_committed
         assert inputs.features is not None
         start = inputs.cached
+        features = kv_cache.take_rows(inputs.features, start, count)
         estimates, cache = self._decode(
-            kv_cache.take_rows(inputs.features, start, count),
+            drafter.read(self.models.draft, self.config, features),
             kv_cache.take_rows(inputs.tokens, start + 1, count),
             inputs.cache,
             start,

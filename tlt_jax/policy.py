@@ -167,9 +167,7 @@ def trunk(
     tokens: jax.Array,
     positions: jax.Array,
     attend: Attend,
-    *,
-    hidden_layers: tuple[int, ...] = (),
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, jax.Array]:
     """Runs all layers.
 
     Args:
@@ -178,10 +176,10 @@ def trunk(
       tokens: [B, T] int32.
       positions: [B, T] int32.
       attend: `(layer index, q, k, v) -> [B, T, N, H]`.
-      hidden_layers: layers whose output (residual stream) is wanted as well.
 
     Returns:
-      The final hidden states [B, T, D], normed, and one [B, T, D] for each of `hidden_layers`.
+      The final hidden states [B, T, D], normed, and the features [B, T, `config.feature_width`]:
+      the residual stream after each of `config.feature_layers`, then the final hidden states.
     """
     x = embed(params, tokens)
     rotation = rotation_of(config, positions)
@@ -194,7 +192,8 @@ def trunk(
         x = layer(layer_params, config, x, rotation, attend_here)
         chosen[index] = x
     hidden = rms_norm(x, params["norm"], config.norm_eps)
-    return hidden, tuple(chosen[index] for index in hidden_layers)
+    features = [*(chosen[index] for index in config.feature_layers), hidden]
+    return hidden, jnp.concatenate(features, axis=-1)
 
 
 def empty_cache(config: PolicyConfig, rows: int, length: int) -> tuple[LayerCache, ...]:
@@ -215,8 +214,7 @@ def decode(
     *,
     draft_mask: jax.Array | None = None,
     depths: jax.Array | None = None,
-    hidden_layers: tuple[int, ...] = (),
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """Feeds T tokens per row against the cache: prefill, plain decoding and verification alike.
 
     Args:
@@ -227,10 +225,9 @@ def decode(
       lengths: tokens of each row in the cache already, [B] int32.
       draft_mask: which of the T tokens sees which ([T, T] or [B, T, T] bool); None is a chain.
       depths: tree depth of each token, [T] or [B, T] int32; None is a chain, 0 .. T - 1.
-      hidden_layers: layers whose hidden states are wanted.
 
     Returns:
-      Final hidden states [B, T, D], the chosen hidden states, and the written cache.
+      Final hidden states and features as of `trunk`, and the written cache.
     """
     depths = jnp.arange(tokens.shape[1], dtype=jnp.int32) if depths is None else depths
     positions = lengths[:, None] + depths
@@ -248,8 +245,8 @@ def decode(
         )
         return mixed
 
-    hidden, chosen = trunk(params, config, tokens, positions, attend, hidden_layers=hidden_layers)
-    return hidden, chosen, tuple(written)
+    hidden, features = trunk(params, config, tokens, positions, attend)
+    return hidden, features, tuple(written)
 
 
 def packed_forward(
@@ -258,20 +255,18 @@ def packed_forward(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-    *,
-    hidden_layers: tuple[int, ...] = (),
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, jax.Array]:
     """Runs packed training rows, all arguments [B, T]; attention stays inside segments.
 
     Returns:
-      Final hidden states [B, T, D] and the chosen hidden states.
+      Final hidden states and features as of `trunk`.
     """
     mask = attention.packed_mask(segment_ids)
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention.packed(q, k, v, mask)
 
-    return trunk(params, config, tokens, positions, attend, hidden_layers=hidden_layers)
+    return trunk(params, config, tokens, positions, attend)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

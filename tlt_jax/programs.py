@@ -93,13 +93,7 @@ class RolloutPrograms:
         config = self.rollout
         made = Sampler(
             key=key,
-            params=sampling.make_params(
-                config.temperature,
-                config.top_k,
-                config.top_p,
-                filtered=config.filtered,
-                rejection=config.rejection,
-            ),
+            params=sampling.params_of(config),
             stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
             draft_noise=jnp.float32(config.shared_noise),
         )

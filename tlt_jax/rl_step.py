@@ -204,9 +204,7 @@ def update_arguments(
 ) -> tuple[Any, ...]:
     """Arguments of the update program, all on the mesh."""
     config, mesh = machinery.config.rollout, machinery.programs.mesh
-    sampler = sampling.make_params(
-        config.temperature, config.top_k, config.top_p, filtered=config.filtered
-    )
+    sampler = sampling.params_of(config)
     whole = sharding.replicated(mesh)
     return (
         state.learner,

@@ -53,7 +53,7 @@ def empty_rows(
 ) -> RolloutState:
     """Rows of padding in caches of `length`."""
     number, nobody = jnp.zeros((rows,), jnp.int32), jnp.full((rows,), INVALID, jnp.int32)
-    features = jnp.zeros((rows, length, config.width), config.dtype)
+    features = jnp.zeros((rows, length, config.feature_width), config.dtype)
     return RolloutState(
         tokens=jnp.zeros((rows, length), jnp.int32),
         log_probs=jnp.zeros((rows, length), jnp.float32),
@@ -100,7 +100,7 @@ def _begin(
     """Rows of new prompts on one slice, in caches of `length`; see `prefill_program`."""
     rows, prompt = tokens.shape
     empty = empty_rows(config, rows, length, keep_features=keep_features)
-    hidden, _, cache = policy.decode(target, config, tokens, empty.cache, empty.length)
+    _, features, cache = policy.decode(target, config, tokens, empty.cache, empty.length)
 
     def widen(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, length - prompt)] + [(0, 0)] * (x.ndim - 2))
@@ -109,7 +109,7 @@ def _begin(
         empty,
         tokens=widen(tokens),
         cache=cache,
-        features=widen(hidden) if keep_features else None,
+        features=widen(features) if keep_features else None,
         length=lengths,
         draft_length=jnp.full_like(lengths, -length),
         limit=limits,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlt_jax.config import RolloutConfig
 from tlt_jax.types import SamplingParams
 
 MASKED = -1e30
@@ -27,6 +28,17 @@ def make_params(
         top_p=jnp.float32(top_p),
         filtered=filtered,
         rejection=rejection,
+    )
+
+
+def params_of(config: RolloutConfig) -> SamplingParams:
+    """The sampling parameters of a rollout."""
+    return make_params(
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        filtered=config.filtered,
+        rejection=config.rejection,
     )
 
 
@@ -115,6 +127,11 @@ def noisy(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax
 def pick(processed: jax.Array, noise: jax.Array, params: SamplingParams) -> jax.Array:
     """The coupled sample: [...] int32 from processed logits and noise, both [..., V]."""
     return jnp.argmax(noisy(processed, noise, params), axis=-1).astype(jnp.int32)
+
+
+def scaled(logits: jax.Array, params: SamplingParams) -> jax.Array:
+    """Logits [..., V] whose softmax is the distribution that sampling draws from."""
+    return process_logits(logits, params) / _safe(params.temperature)
 
 
 def probs(processed: jax.Array, params: SamplingParams) -> jax.Array:

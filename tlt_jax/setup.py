@@ -46,11 +46,13 @@ def initial_policy(config: RunConfig) -> Any:
 
 
 def initial_drafter(config: RunConfig) -> Any:
-    """Drafter parameters from `warm_start_dir`, or random ones."""
-    if not config.warm_start_dir:
+    """Drafter parameters from `warm_start_dir`, or random ones where it has none."""
+    path = pathlib.Path(config.warm_start_dir) / "drafter.safetensors"
+    if not config.warm_start_dir or not path.exists():
+        if config.warm_start_dir:
+            print(f"there is no {path}: the drafter begins with random parameters", flush=True)
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         return drafter.init(config.policy, config.drafter, key)
-    path = pathlib.Path(config.warm_start_dir) / "drafter.safetensors"
     specs = drafter.param_specs(config.policy, config.drafter)
     return weights.load(path, specs, dtype=config.policy.dtype)
 

@@ -15,7 +15,7 @@ verification: tokens depend on target, prompt and key alone. With `rejection` ve
 `rejection`) the drafter draws its guesses with noise of its own, and what is kept of them follows
 the target's distribution.
 
-Axes: B rows, S cache length, D width, d draft depth, M verified tokens, V vocabulary.
+Axes: B rows, S cache length, F feature width, d draft depth, M verified tokens, V vocabulary.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class RolloutState:
     tokens: jax.Array  # [B, S] int32
     log_probs: jax.Array  # [B, S] float32, behaviour log-probability of the token at a position
     cache: tuple[LayerCache, ...]  # one per layer
-    features: jax.Array | None  # [B, S, D], target features of tokens 0 .. length - 2
+    features: jax.Array | None  # [B, S, F], target features of tokens 0 .. length - 2
     draft_cache: LayerCache | None
     length: jax.Array  # [B] int32, committed tokens, the pending one included
     draft_length: jax.Array  # [B] int32, pairs in `draft_cache` that come from true features
@@ -131,7 +131,7 @@ def make_draft_cache(models: Models, config: PolicyConfig, state: RolloutState) 
     _, written = drafter.decode(
         models.draft,
         config,
-        features,
+        drafter.read(models.draft, config, features),
         policy.embed(models.target, following),
         cache,
         jnp.zeros_like(state.length),
@@ -173,7 +173,7 @@ class _Verified:
 
     taken: jax.Array  # [B, d + 1] int32
     log_probs: jax.Array  # [B, d + 1] float32
-    hidden: jax.Array  # [B, d + 1, D]
+    features: jax.Array  # [B, d + 1, F]
     accepted: jax.Array  # [B] int32, drafts
     expected: jax.Array  # [B, d] float32, estimated acceptance
 
@@ -253,7 +253,7 @@ def _verify(
     pending, tree = state.length - 1, drafted.tree
     branches = not strategy.is_chain
     with jax.named_scope("verify"):
-        hidden, _, cache = policy.decode(
+        hidden, features, cache = policy.decode(
             models.target,
             config,
             tree.tokens,
@@ -275,11 +275,11 @@ def _verify(
         if branches:
             found = jnp.any(path[:, :, None] == jnp.arange(strategy.verify_tokens), axis=1)
             expected = trees.expected_acceptance(tree, found, depth=strategy.depth)
-            processed, hidden = trees.take(processed, path), trees.take(hidden, path)
+            processed, features = trees.take(processed, path), trees.take(features, path)
             cache = tuple(kv_cache.move(layer, pending, path) for layer in cache)
     with jax.named_scope("head"):
         log_probs = sampling.log_probs(processed, taken, params)
-    return cache, _Verified(taken, log_probs, hidden, accepted, expected)
+    return cache, _Verified(taken, log_probs, features, accepted, expected)
 
 
 def _by_coupling(
@@ -319,7 +319,7 @@ def _commit(
     )
     features = state.features
     if features is not None:
-        features = _put(features, verified.hidden, state.length - 1)
+        features = _put(features, verified.features, state.length - 1)
     state = dataclasses.replace(
         state,
         tokens=_put(state.tokens, verified.taken, state.length),

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tlt_jax import drafter, kv_cache, losses, policy, sharding
+from tlt_jax import objectives, sharding
 from tlt_jax.buffer import DrafterBuffer, Microbatch, sample
 from tlt_jax.config import DrafterConfig, PolicyConfig
+from tlt_jax.types import SamplingParams
 
 
 @struct.dataclass
@@ -54,50 +55,6 @@ def init_state(tx: optax.GradientTransformation, params: Any) -> DrafterState:
     return DrafterState(params=master, opt_state=tx.init(master), version=jnp.int32(0))
 
 
-def loss_sum(
-    params: Any,
-    target_params: Any,
-    policy_config: PolicyConfig,
-    config: DrafterConfig,
-    microbatch: Microbatch,
-) -> tuple[jax.Array, jax.Array]:
-    """EAGLE objective (arXiv 2401.15077, section 3.2), summed over pairs and draft depths.
-
-    Smooth-L1 between estimated and true feature plus cross-entropy against the target's own
-    distribution, both at h[t + 1], at each of the draft depths 1 .. `config.train_depth`, over
-    `config.microbatch_tokens` tokens of each row. No gradient reaches the target's embedding and
-    head. Returns the sum and how many terms it has.
-    """
-    target_params = jax.lax.stop_gradient(target_params)
-    params = sharding.cast(params, policy_config.dtype)
-    pairs = drafter.training_pairs(microbatch.tokens, microbatch.features, microbatch.segment_ids)
-    depths = drafter.packed_steps(
-        params,
-        policy_config,
-        pairs.features,
-        policy.embed(target_params, pairs.next_tokens),
-        microbatch.positions,
-        microbatch.segment_ids,
-        microbatch.starts,
-        count=config.microbatch_tokens,
-        steps=config.train_depth,
-    )
-    starts, tokens = microbatch.starts, config.microbatch_tokens
-    targets = kv_cache.take_rows(pairs.target_features, starts, tokens)
-    counted = kv_cache.take_rows(pairs.weights, starts, tokens)
-    target_logits = policy.logits(target_params, targets)
-    loss, count = jnp.float32(0), jnp.float32(0)
-    for estimates, exists in depths:
-        weights = counted * exists
-        regression = losses.smooth_l1(estimates, targets)
-        agreement = losses.soft_cross_entropy(
-            policy.logits(target_params, estimates), target_logits
-        )
-        loss += jnp.sum((agreement + config.feature_loss_weight * regression) * weights)
-        count += jnp.sum(weights)
-    return loss, count
-
-
 def zero_sum(params: Any) -> GradientSum:
     return GradientSum(
         gradients=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
@@ -112,11 +69,12 @@ def add_microbatch(
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
+    sampling_params: SamplingParams,
     microbatch: Microbatch,
 ) -> GradientSum:
     """Adds one microbatch's gradient to a sum."""
-    (loss, weight), gradients = jax.value_and_grad(loss_sum, has_aux=True)(
-        params, target_params, policy_config, config, microbatch
+    (loss, weight), gradients = jax.value_and_grad(objectives.loss_sum, has_aux=True)(
+        params, target_params, policy_config, config, sampling_params, microbatch
     )
     return GradientSum(
         gradients=jax.tree.map(lambda a, b: a + b.astype(a.dtype), total.gradients, gradients),
@@ -131,6 +89,7 @@ def add_sample(
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
+    sampling_params: SamplingParams,
     buffer: DrafterBuffer,
     key: jax.Array,
     wanted: jax.Array,
@@ -144,7 +103,9 @@ def add_sample(
     def add(total: GradientSum) -> GradientSum:
         rows, tokens = config.microbatch_rows, config.microbatch_tokens
         microbatch = sample(buffer, key, rows=rows, tokens=tokens)
-        return add_microbatch(total, params, target_params, policy_config, config, microbatch)
+        return add_microbatch(
+            total, params, target_params, policy_config, config, sampling_params, microbatch
+        )
 
     return jax.lax.cond(wanted, add, lambda total: total, total), wanted.astype(jnp.int32)
 

@@ -1,9 +1,12 @@
 """Checks that the parts of a configuration fit together; they need no device."""
 
+import math
 from collections.abc import Iterable
 
-from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig
+from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig, nearest
 from tlt_jax.types import Strategy, UserError
+
+OBJECTIVES = ("eagle", "hass", "eagle3", "acceptance")
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -262,5 +265,33 @@ def _validate_training(config: RunConfig) -> None:
     for name in ("buffer_rows", "microbatch_rows", "train_depth", "ffn_width"):
         value = getattr(drafter, name)
         _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
+    _validate_objective(config)
     _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")
     _require(config.checkpoint.keep >= 1, "config.checkpoint.keep must be at least 1.")
+
+
+def _validate_objective(config: RunConfig) -> None:
+    drafter, layers = config.drafter, config.policy.feature_layers
+    _require(
+        drafter.objective in OBJECTIVES,
+        f"config.drafter.objective is '{drafter.objective}': "
+        f"{nearest(drafter.objective, OBJECTIVES)}",
+    )
+    depths = {"eagle": (1, 1), "hass": (2, math.inf)}
+    least, most = depths.get(drafter.objective, (1, math.inf))
+    _require(
+        least <= drafter.train_depth <= most,
+        f"config.drafter.train_depth is {drafter.train_depth}, but the objective "
+        f"'{drafter.objective}' trains at depth {'1 alone' if most == 1 else '2 or more'}; with "
+        f"config.drafter.objective={'hass' if most == 1 else 'eagle'} it fits.",
+    )
+    _require(
+        drafter.objective != "eagle3" or bool(layers),
+        "config.drafter.objective is 'eagle3', which reads several hidden states; name a low and a "
+        "middle layer, --config.policy.feature_layers='(2, 24)'.",
+    )
+    last = config.policy.num_layers - 1
+    _require(
+        len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers),
+        f"config.policy.feature_layers is {layers}; name layers from 0 to {last}, none twice.",
+    )
