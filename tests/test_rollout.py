@@ -1,6 +1,7 @@
 """Rollouts of policies with known behaviour, and sampling exactly as plain decoding does it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_engine
@@ -36,10 +37,16 @@ def test_counting_to_the_limit(name):
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_the_drafter_reads_the_hidden_state_it_wants(part):
-    """Of two layers of a policy that counts; through prefill, rounds and refills."""
+    """Of two layers of a policy that counts; through prefill, rounds and refills.
+
+    The drafter moves the token on by one as it reads, and nowhere else: what it has not read
+    guesses nothing.
+    """
     asked = toy_engine.counting_prompts(*LENGTHS)
     target, draft = toy_engine.counting()
-    models = target, toy_engine.fused(draft, part=part)
+    onward = draft["fuse"][0]
+    draft = draft | {"fuse": jnp.stack([jnp.eye(SHAPE.width), jnp.zeros_like(onward)])}
+    models = target, toy_engine.fused(draft, part=part, matrix=onward)
     result = toy_engine.roll(toy_engine.engine("fused"), models, asked, learn=False)
     for response, prompt, count in zip(result.responses, asked, LENGTHS, strict=True):
         assert response.tokens.tolist() == toy_engine.counted(prompt, count)

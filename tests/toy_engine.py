@@ -92,12 +92,13 @@ def random_drafter(seed=1):
     return draw(drafter.param_specs(SHAPE, DRAFTER), seed)
 
 
-def fused(draft, *, part=1):
+def fused(draft, *, part=1, matrix=None):
     """The drafter for features of two layers, which reads nothing but one part of them."""
     size = SHAPE.width
+    matrix = jnp.eye(size) if matrix is None else matrix
     return draft | {
         "read_norm": jnp.ones((2, size)),
-        "read": jnp.zeros((2, size, size)).at[part].set(jnp.eye(size)),
+        "read": jnp.zeros((2, size, size)).at[part].set(matrix),
     }
 
 
