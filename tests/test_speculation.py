@@ -16,6 +16,7 @@ from tlt_jax.speculation import (
     RolloutState,
     Sampler,
     count_committed,
+    make_draft_cache,
     refresh_draft_cache,
     run_round,
     run_rounds,
@@ -236,6 +237,24 @@ def test_a_drafter_that_equals_the_target_is_never_wrong(strategy):
     state = _prefilled(models, toy_engine.prompts(4, seed=1), [30] * 4)
     _, stats = sure(models, strategy, greedy, state, jnp.int32(5))
     assert stats.accepted.tolist() == [20] * DEPTH
+
+
+def test_the_drafters_cache_is_made_of_what_it_reads(random_models):
+    """Of two hidden states it reads the last, and is then the drafter that knows no other."""
+    state = _prefilled(random_models, toy_engine.prompts(4, seed=1), [30] * 4)
+    wide = state.replace(features=jnp.concatenate([state.features + 1, state.features], axis=-1))
+    reading = random_models.replace(draft=toy_engine.fused(random_models.draft))
+    make = jax.jit(make_draft_cache, static_argnums=1)
+    made, expected = make(reading, toy_engine.FUSED, wide), make(random_models, SHAPE, state)
+    np.testing.assert_array_equal(made.draft_length, expected.draft_length)
+    for row, length in enumerate(expected.draft_length):
+        for found, wanted in zip(
+            (made.draft_cache.k, made.draft_cache.v),
+            (expected.draft_cache.k, expected.draft_cache.v),
+            strict=True,
+        ):
+            got = found[row, :, :length], wanted[row, :, :length]
+            np.testing.assert_allclose(*got, rtol=1e-3, atol=1e-4)
 
 
 def test_the_drafter_reads_the_feature_of_its_pair(strategy):
