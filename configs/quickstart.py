@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.warm_start_dir = WARM_START
     config.policy.update(num_layers=48, width=64, num_heads=2, num_kv_heads=1, ffn_width=192)
     config.drafter.update(ffn_width=512, objective="hass", train_depth=3, learning_rate=1e-4)
+    config.drafter.buffer_megabytes = 2.2  # 16 rows
     config.task.mix = "easy"
     config.rollout.length_buckets = (144, 256, 512)
     config.rollout.chunk_tokens = 120
@@ -68,7 +69,7 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.rollout.update(prompts_per_step=2, group_size=4, max_response_length=60)
     config.rollout.update(row_buckets=(4, 1), strategies=("chain-2", "chain-4"))
     config.rollout.update(length_buckets=(64, 96), chunk_tokens=48)
-    config.drafter.update(ffn_width=32, row_length=96, buffer_rows=4)
+    config.drafter.update(ffn_width=32, row_length=96, buffer_megabytes=0.06)
     config.drafter.update(microbatch_tokens=48, rounds_per_microbatch=(4, 8))
     config.learner.row_length = 96
     config.checkpoint.every = 2

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tlt_jax import buffer as buffer_lib
+from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.types import INVALID
 
 ROWS, ROW_LENGTH, WIDTH, LONGEST = 3, 8, 2, 10
@@ -14,8 +15,22 @@ _insert_each = jax.jit(buffer_lib.insert_each)
 _sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "tokens"))
 
 
+def test_a_budget_gives_rows():
+    """A row of 512 tokens of 64 float32 features and 3 numbers takes 512 * (256 + 12) bytes."""
+    narrow = PolicyConfig(width=64)
+    config = DrafterConfig(row_length=512, buffer_megabytes=2.2)
+    assert config.row_megabytes(narrow) == pytest.approx(0.137216)
+    assert config.buffer_rows(narrow) == 16  # 2.195 of 2.2
+    assert config.buffer_rows(PolicyConfig(width=64, feature_layers=(2, 8))) == 5  # 780 bytes each
+    assert config.buffer_rows(PolicyConfig(width=64, dtype="bfloat16")) == 30  # 140 bytes each
+    made = buffer_lib.empty(config, PolicyConfig(width=64, feature_layers=(2, 8)))
+    assert made.features.shape == (5, 512, 192) and made.tokens.shape == (5, 512)
+
+
 def _empty():
-    return buffer_lib.empty(ROWS, ROW_LENGTH, WIDTH, jnp.dtype("float32"))
+    room = ROWS * ROW_LENGTH * (4 * WIDTH + 12) * 1e-6
+    config = DrafterConfig(row_length=ROW_LENGTH, buffer_megabytes=1.1 * room)
+    return buffer_lib.empty(config, PolicyConfig(width=WIDTH))
 
 
 def _sequences(first, count):

@@ -297,7 +297,7 @@ def _full_buffers(programs):
         features=jnp.asarray(rng.normal(size=empty.features.shape), jnp.float32),
         segment_ids=jnp.zeros_like(empty.segment_ids),
         positions=jnp.broadcast_to(jnp.arange(DRAFTER.row_length), empty.positions.shape),
-        filled=jnp.full_like(empty.filled, DRAFTER.buffer_rows),
+        filled=jnp.full_like(empty.filled, empty.tokens.shape[1]),
     )
     return jax.device_put(full, sharding.per_slice(programs.mesh))
 

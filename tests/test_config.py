@@ -255,7 +255,7 @@ IMPOSSIBLE = [
     ),
     ("config.drafter.microbatch_tokens", {"drafter": {"microbatch_tokens": 100}}),
     ("config.drafter.microbatch_tokens", {"drafter": {"microbatch_tokens": 0}}),
-    ("config.drafter.buffer_rows", {"drafter": {"buffer_rows": 0}}),
+    ("row_length=512 tokens takes 0.2683", {"drafter": {"buffer_megabytes": 0.2}}),
     ("config.drafter.microbatch_rows", {"drafter": {"microbatch_rows": 0}}),
     ("config.drafter.ffn_width", {"drafter": {"ffn_width": 0}}),
     ("config.drafter.train_depth", {"drafter": {"train_depth": 0}}),

@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 from tlt_jax import buffer as buffer_lib
 from tlt_jax import drafter, objectives, policy, sampling, sharding, spot_training
 from tlt_jax.buffer import Microbatch
-from tlt_jax.config import DrafterConfig, MeshConfig
+from tlt_jax.config import DrafterConfig, MeshConfig, PolicyConfig
 from tlt_jax.spot_training import GradientSum
 
 CONFIG = DrafterConfig(
     ffn_width=20,
     learning_rate=1e-2,
-    buffer_rows=3,
+    buffer_megabytes=0.0019,  # 3 rows
     row_length=8,
     microbatch_rows=2,
     microbatch_tokens=8,
@@ -83,7 +83,7 @@ def sequences(target, tiny_config):
 def _filled(sequences, *lengths, first=0):
     """A buffer that holds sequences from `first` on, cut to these lengths."""
     tokens, features = (x[first : first + len(lengths)] for x in sequences)
-    empty = buffer_lib.empty(CONFIG.buffer_rows, W, D, jnp.dtype("float32"))
+    empty = buffer_lib.empty(CONFIG, PolicyConfig(width=D))
     given = jnp.array(lengths, jnp.int32)
     return buffer_lib.insert_each(empty, tokens, features, given, given > 0)
 

@@ -136,7 +136,6 @@ def _chunk(mesh, config, drafter_config, *, training, strategy=CHAIN):
 def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
     """Arguments for `rows` rows per slice, caches of `length` and prompts of `prompt` tokens."""
     whole, by_slice = sharding.replicated(mesh), sharding.per_slice(mesh)
-    dtype = jnp.dtype(config.dtype)
     slices = mesh.shape[SLICE]
     target = _params(mesh, config, ROLLOUT_RULES)
     number = jax.ShapeDtypeStruct((slices * rows,), jnp.int32, sharding=by_slice)
@@ -148,8 +147,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
         return spot_training.init_state(spot_training.optimizer(drafter_config), params)
 
     def buffers():
-        size = drafter_config.buffer_rows, drafter_config.row_length
-        own = buffer.empty(*size, config.width, dtype)
+        own = buffer.empty(drafter_config, config)
         return jax.tree.map(lambda x: jnp.stack([x] * slices), own)
 
     return Shapes(
@@ -176,7 +174,7 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
 def _small(mesh, backend):
     """The small policy with `backend`, a drafter of its size, and arguments."""
     config = dataclasses.replace(POLICY, attention_backend=backend)
-    drafter_config = DrafterConfig(ffn_width=1024, buffer_rows=4, row_length=512)
+    drafter_config = DrafterConfig(ffn_width=1024, row_length=512)
     shapes = _shapes(mesh, config, drafter_config, rows=4, length=512, prompt=64)
     return config, drafter_config, shapes
 
@@ -387,7 +385,9 @@ def test_the_policy_update_keeps_its_state_in_place(mesh):
 @pytest.mark.parametrize("training", [False, True], ids=["rollout", "training"])
 def test_a_7b_policy_fits_v5e_chips(training):
     mesh = _mesh("v5e:4x4", slices=4, tensor=4)
-    drafter_config = DrafterConfig(ffn_width=QWEN_7B.ffn_width, buffer_rows=16, row_length=4096)
+    drafter_config = DrafterConfig(
+        ffn_width=QWEN_7B.ffn_width, buffer_megabytes=500, row_length=4096
+    )
     shapes = _shapes(mesh, QWEN_7B, drafter_config, rows=8, length=4096, prompt=512)
     program = _chunk(mesh, QWEN_7B, drafter_config, training=training)
     memory = _compile(program, *shapes.of_chunk).memory_analysis()

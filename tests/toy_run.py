@@ -28,7 +28,7 @@ CONFIG = RunConfig(
     ),
     drafter=DrafterConfig(
         ffn_width=32,
-        buffer_rows=4,
+        buffer_megabytes=0.041,  # 4 rows
         row_length=72,
         microbatch_tokens=36,
         train_depth=1,

@@ -1,9 +1,10 @@
 """The drafter's data buffer of one slice: finished sequences, packed into a ring of rows.
 
-A sequence goes to the current row if it fits, else to the next row, which is cleared first; so the
-oldest row is dropped first. A step's longest sequences end last, hence they are the newest entries
-when the next step begins: training in that step's early tail sees the long sequences of the step
-before (one-step-off sampling) although its own are not finished yet.
+It has a budget of memory (`DrafterConfig.buffer_megabytes`). A sequence goes to the current row if
+it fits, else to the next row, which is cleared first; so what is dropped first is the oldest row,
+whole. A step's longest sequences end last, hence they are the newest entries when the next step
+begins: training in that step's early tail sees the long sequences of the step before (one-step-off
+sampling) although its own are not finished yet.
 
 Axes: R rows, W row length, F feature width, S sequence length, M microbatch rows.
 """
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.types import INVALID
 
 
@@ -40,9 +42,10 @@ class Microbatch:
     starts: jax.Array  # [M] int32, the part's first token
 
 
-def empty(rows: int, row_length: int, width: int, dtype: jnp.dtype) -> DrafterBuffer:
-    """A buffer that holds nothing."""
-    shape = (rows, row_length)
+def empty(config: DrafterConfig, policy: PolicyConfig) -> DrafterBuffer:
+    """A buffer that holds nothing, with as many rows as its budget has room for."""
+    shape = (config.buffer_rows(policy), config.row_length)
+    width, dtype = policy.feature_width, jnp.dtype(policy.dtype)
     return DrafterBuffer(
         tokens=jnp.zeros(shape, jnp.int32),
         features=jnp.zeros((*shape, width), dtype),

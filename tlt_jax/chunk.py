@@ -311,12 +311,7 @@ def empty_buffers(mesh: Mesh, config: PolicyConfig, drafter_config: DrafterConfi
     """One empty data buffer per slice, leaves [slices, ...]."""
 
     def make() -> DrafterBuffer:
-        own = buffer_lib.empty(
-            drafter_config.buffer_rows,
-            drafter_config.row_length,
-            config.feature_width,
-            jnp.dtype(config.dtype),
-        )
+        own = buffer_lib.empty(drafter_config, config)
         return jax.tree.map(lambda x: jnp.stack([x] * mesh.shape[SLICE]), own)
 
     return jax.jit(make, out_shardings=sharding.per_slice(mesh))()

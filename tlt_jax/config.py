@@ -189,6 +189,7 @@ class DrafterConfig:
     to be accepted.
 
     A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows.
+    The buffer takes up to `buffer_megabytes` (10^6 bytes) of each slice.
     `rounds_per_microbatch` is its price in each row bucket: an idle slice takes one while the
     others run that many rounds. These are constants, not clock readings, so that a run repeated
     from the same seed gives the same bits. `between_steps_budget` applies with one slice, which is
@@ -202,13 +203,22 @@ class DrafterConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     feature_loss_weight: float = 0.5
-    buffer_rows: int = 16
+    buffer_megabytes: float = 4.3
     row_length: int = 512
     microbatch_rows: int = 1
     microbatch_tokens: int = 64
     train_depth: int = 1
     rounds_per_microbatch: tuple[int, ...] = (1, 1, 2, 2, 5)
     between_steps_budget: float = 0.03
+
+    def row_megabytes(self, policy: PolicyConfig) -> float:
+        """What a row of the buffer takes: features, and three 32-bit numbers for each token."""
+        features = policy.feature_width * {"float32": 4, "bfloat16": 2}[policy.dtype]
+        return self.row_length * (features + 3 * 4) / 1e6
+
+    def buffer_rows(self, policy: PolicyConfig) -> int:
+        """Packed rows that the buffer of a slice has room for."""
+        return int(self.buffer_megabytes / self.row_megabytes(policy))
 
 
 @dataclasses.dataclass(frozen=True)

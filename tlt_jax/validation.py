@@ -262,9 +262,15 @@ def _validate_training(config: RunConfig) -> None:
         f"config.drafter.microbatch_tokens is {drafter.microbatch_tokens}; it must be a divisor of "
         f"config.drafter.row_length={drafter.row_length}.",
     )
-    for name in ("buffer_rows", "microbatch_rows", "train_depth", "ffn_width"):
+    for name in ("microbatch_rows", "train_depth", "ffn_width"):
         value = getattr(drafter, name)
         _require(value >= 1, f"config.drafter.{name} is {value}; it must be at least 1.")
+    row = drafter.row_megabytes(config.policy)
+    _require(
+        drafter.buffer_rows(config.policy) >= 1,
+        f"config.drafter.buffer_megabytes is {drafter.buffer_megabytes}; a row of "
+        f"config.drafter.row_length={drafter.row_length} tokens takes {row:.4g}: give a multiple.",
+    )
     _validate_objective(config)
     _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")
     _require(config.checkpoint.keep >= 1, "config.checkpoint.keep must be at least 1.")
