@@ -90,7 +90,7 @@ def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
             {"policy": {"rope_scaling": {"facter": 1.0}}},
             "unknown key 'config.policy.rope_scaling.facter': did you mean 'factor'?",
         ),
-        ({"checkpoint": {"xyz": 1}}, "unknown key 'config.checkpoint.xyz': known: every, keep."),
+        ({"checkpoint": {"xyz": 1}}, "unknown key 'config.checkpoint.xyz': known: drafter_every, every, keep."),
     ],
 )
 def test_an_unknown_key_names_the_nearest(values, sentence):
@@ -266,6 +266,7 @@ IMPOSSIBLE = [
     ("config.policy.feature_layers is (1, 16)", {"policy": {"feature_layers": (1, 16)}}),
     ("config.policy.feature_layers is (3, 3)", {"policy": {"feature_layers": (3, 3)}}),
     ("config.checkpoint.every", {"checkpoint": {"every": 0}}),
+    ("config.checkpoint.drafter_every", {"checkpoint": {"drafter_every": 0}}),
     ("config.checkpoint.keep", {"checkpoint": {"keep": 0}}),
     ("config.policy.vocab_size", {"policy": {"vocab_size": 0}}),
     ("config.policy.attention_backend", {"policy": {"attention_backend": "refrence"}}),

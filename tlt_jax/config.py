@@ -245,9 +245,13 @@ class LearnerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps, the newest `keep` kept."""
+    """A checkpoint every `every` steps, and the drafter alone every `drafter_every`.
+
+    The newest `keep` of either are kept.
+    """
 
     every: int = 20
+    drafter_every: int = 5
     keep: int = 2
 
 

@@ -17,6 +17,7 @@ from tlt_jax import command_line, metrics, setup, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import Controller
+from tlt_jax.drafter_versions import DrafterVersions
 from tlt_jax.reporting import plots, summary
 from tlt_jax.reporting.writers import (
     JsonlWriter,
@@ -65,13 +66,14 @@ def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
     """Runs or resumes a run to its last step and writes its reports."""
     check_config(config, workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint)
+    versions = DrafterVersions(workdir, config.checkpoint)
     machinery, state = setup.start(config)
-    with contextlib.closing(machinery):
+    with contextlib.closing(machinery), contextlib.closing(versions):
         state = resume(machinery, state, checkpoints)
         keep_config(config, workdir)  # only now: what did not fit so far can be put right in place
-        state = take_steps(config, workdir, machinery, state, checkpoints)
+        state = take_steps(config, workdir, machinery, state, checkpoints, versions)
     checkpoints.close()
-    export(workdir, state)
+    weights.save(workdir / "policy.safetensors", state.rollout_params, dtype="float32")
     plots.write_all(workdir)
     summary.write_summary(workdir)
     return state
@@ -83,23 +85,29 @@ def take_steps(
     machinery: Machinery,
     state: RunState,
     checkpoints: Checkpoints,
+    versions: DrafterVersions,
 ) -> RunState:
     """All steps that are left, logged; programs are compiled while the first of them runs."""
     log, microbatch_seconds = RunLog(workdir, state.steps_done), None
     began = time.monotonic()
     while state.steps_done < config.num_steps:
         outcome = rl_step(machinery, state)
-        state, ended = outcome.state, time.monotonic()
+        state, now = outcome.state, time.monotonic()
         if microbatch_seconds is None:
             microbatch_seconds = setup.microbatch_seconds(machinery, state)
         log.write(
             outcome,
             num_steps=config.num_steps,
-            start=ended - began - outcome.row["seconds"]["total"],
+            start=now - began - outcome.row["seconds"]["total"],
             microbatch_seconds=microbatch_seconds,
         )
-        if state.steps_done % config.checkpoint.every == 0 or state.steps_done == config.num_steps:
+        ended = state.steps_done == config.num_steps
+        if ended or state.steps_done % config.checkpoint.every == 0:
             save(checkpoints, config, state)
+        if state.carry.drafter and (
+            ended or state.steps_done % config.checkpoint.drafter_every == 0
+        ):
+            versions.save(state.carry.drafter)
     log.close()
     return state
 
@@ -174,14 +182,6 @@ def resume(machinery: Machinery, state: RunState, checkpoints: Checkpoints) -> R
         carry=dataclasses.replace(state.carry, controller=controller),
     )
     return state.with_arrays(**arrays)
-
-
-def export(workdir: pathlib.Path, state: RunState) -> None:
-    """Writes the trained policy, and the drafter that goes with it, as safetensors."""
-    weights.save(workdir / "policy.safetensors", state.rollout_params, dtype="float32")
-    if state.carry.drafter is not None:
-        path = workdir / "drafter" / "drafter.safetensors"
-        weights.save(path, state.carry.drafter.params, dtype="float32")
 
 
 def main(argv: list[str]) -> None:

@@ -272,8 +272,9 @@ def _validate_training(config: RunConfig) -> None:
         f"config.drafter.row_length={drafter.row_length} tokens takes {row:.4g}: give a multiple.",
     )
     _validate_objective(config)
-    _require(config.checkpoint.every >= 1, "config.checkpoint.every must be at least 1 step.")
-    _require(config.checkpoint.keep >= 1, "config.checkpoint.keep must be at least 1.")
+    for name in ("every", "drafter_every", "keep"):
+        value = getattr(config.checkpoint, name)
+        _require(value >= 1, f"config.checkpoint.{name} is {value}; it must be at least 1.")
 
 
 def _validate_objective(config: RunConfig) -> None:
