@@ -90,7 +90,10 @@ def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
             {"policy": {"rope_scaling": {"facter": 1.0}}},
             "unknown key 'config.policy.rope_scaling.facter': did you mean 'factor'?",
         ),
-        ({"checkpoint": {"xyz": 1}}, "unknown key 'config.checkpoint.xyz': known: drafter_every, every, keep."),
+        (
+            {"checkpoint": {"xyz": 1}},
+            "unknown key 'config.checkpoint.xyz': known: drafter_every, every, keep.",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(values, sentence):

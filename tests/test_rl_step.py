@@ -11,7 +11,7 @@ import pytest
 import toy_engine
 from toy_engine import DRAFTER, ROLLOUT, SHAPE, STOP
 
-from tlt_jax import learner, rl_step, setup
+from tlt_jax import canary, learner, rl_step, setup
 from tlt_jax.config import LearnerConfig, MeshConfig, RunConfig
 from tlt_jax.rl_step import Machinery, RunState
 from tlt_jax.tasks.task import Task
@@ -251,3 +251,24 @@ def test_the_policy_learns_what_is_rewarded(machinery):
     """A reward for one word: its share rises from one in thirty-two to most of a response."""
     rewards = [outcome.row["reward_mean"] for outcome in _steps(machinery, 20)]
     assert np.mean(rewards[:3]) < 0.25 and np.mean(rewards[-3:]) > 0.6, rewards
+
+
+def test_a_step_goes_back_to_the_last_good_drafter_and_says_so(capsys, monkeypatch):
+    """NaN put into the drafter between two steps: the second one ends with the good one again."""
+    monkeypatch.setattr(canary, "LEAST_EVIDENCE", 8)  # toy responses are short
+    machinery = _machinery(toy_engine.engine("main"))
+    state = _first_state(machinery)
+    good = canary.begin(state.carry.drafter)
+    state = dataclasses.replace(state, carry=dataclasses.replace(state.carry, good=good))
+    (first,) = _go_on(machinery, state, 1)
+    assert first.row["draft_acceptance"] > 0 and "went bad" not in capsys.readouterr().out
+    carry = first.state.carry
+    assert int(carry.good.version) == int(carry.drafter.version) > 0
+    kept, version = jax.device_get(carry.good.params), int(carry.good.version)
+    params = jax.tree.map(lambda x: x * np.nan, carry.drafter.params)
+    carry = dataclasses.replace(carry, drafter=dataclasses.replace(carry.drafter, params=params))
+    (second,) = _go_on(machinery, dataclasses.replace(first.state, carry=carry), 1)
+    assert "step 1: drafter version" in capsys.readouterr().out
+    after = second.state.carry
+    jax.tree.map(np.testing.assert_array_equal, after.drafter.params, kept)
+    assert int(after.drafter.version) > int(after.good.version) == version

@@ -124,6 +124,18 @@ def insert_each(
     return jax.lax.while_loop(more, body, (buffer, wanted))[0]
 
 
+def newest(buffer: DrafterBuffer, rows: int) -> Microbatch:
+    """The `rows` rows that were written last, from their beginning on; some may hold nothing."""
+    chosen = (buffer.row - jnp.arange(rows)) % buffer.tokens.shape[0]
+    return Microbatch(
+        tokens=buffer.tokens[chosen],
+        features=buffer.features[chosen],
+        segment_ids=buffer.segment_ids[chosen],
+        positions=buffer.positions[chosen],
+        starts=jnp.zeros((rows,), jnp.int32),
+    )
+
+
 def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> Microbatch:
     """Draws a part of `tokens` tokens of each of `rows` filled rows, with replacement.
 

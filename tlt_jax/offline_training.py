@@ -3,7 +3,6 @@
 The gradient and the update are those of spot training (`spot_training`), on whole batches.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tlt_jax import objectives, policy, sampling, setup, sharding, spot_training
 from tlt_jax.buffer import Microbatch
-from tlt_jax.config import DrafterConfig, RunConfig
+from tlt_jax.config import RunConfig
 from tlt_jax.types import INVALID
 
 PROGRESS_EVERY = 50
@@ -80,10 +79,6 @@ def microbatch_of(
     )
 
 
-def _whole_rows(config: RunConfig, microbatch: Microbatch) -> DrafterConfig:
-    return dataclasses.replace(config.drafter, microbatch_tokens=microbatch.tokens.shape[1])
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
 def drafter_step(
     state: spot_training.DrafterState,
@@ -98,7 +93,7 @@ def drafter_step(
         state.params,
         target_params,
         config.policy,
-        _whole_rows(config, microbatch),
+        config.drafter.on_whole_rows(microbatch.tokens.shape[1]),
         sampling.params_of(config.rollout),
         microbatch,
     )
@@ -121,7 +116,7 @@ def acceptance_sums(
         params,
         target_params,
         config.policy,
-        _whole_rows(config, microbatch),
+        config.drafter.on_whole_rows(microbatch.tokens.shape[1]),
         sampling.params_of(config.rollout),
         microbatch,
         depth=depth,

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tlt_jax import advantages, learner, metrics, packing, policy, rollout, sampling, sharding
+from tlt_jax import (
+    advantages,
+    canary,
+    learner,
+    metrics,
+    packing,
+    policy,
+    rollout,
+    sampling,
+    sharding,
+)
 from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
 from tlt_jax.learner import LearnerState
@@ -42,6 +52,7 @@ class RunState:
             "drafter": self.carry.drafter,
             "buffer": self.carry.buffer,
             "library": self.carry.library,
+            "good": self.carry.good,
         }
 
     def with_arrays(self, *, learner: LearnerState, reference: Any, **carried: Any) -> "RunState":
@@ -99,6 +110,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
     surprises, waited, began = pool.surprises, pool.waited, pool.clock()
     result, rewards, rollout_ended = roll_out(machinery, state)
     rewarded = pool.clock()
+    carry, verdict = check_drafter(machinery, state, result.carry)
     batch, count = make_batch(machinery.config, result.responses, rewards)
     learner_state, update = run_update(machinery, state, batch, count)
     told = {name: float(value) for name, value in sharding.to_host(update)._asdict().items()}
@@ -118,6 +130,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         **metrics.response_metrics(result.responses, rewards, machinery.stop_tokens),
         **metrics.rollout_metrics(result.chunks, seconds["rollout"]),
         **_update_metrics(machinery.config, told, state.steps_done),
+        "draft_acceptance": None if verdict is None else _number(verdict.acceptance),
         "seconds": seconds,
         "compiles": pool.surprises - surprises,
     }
@@ -126,7 +139,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         steps_done=state.steps_done + 1,
         learner=learner_state,
         rollout_params=rollout_params,
-        carry=result.carry,
+        carry=carry,
     )
     return StepOutcome(state=new_state, row=row, chunks=result.chunks)
 
@@ -161,6 +174,39 @@ def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.n
     ended = machinery.programs.pool.clock()
     rewards = [waiting[sequence].result() for sequence in range(len(asked))]
     return result, np.asarray(rewards, np.float32), ended
+
+
+def check_drafter(
+    machinery: Machinery, state: RunState, carry: Carry
+) -> tuple[Carry, canary.Verdict | None]:
+    """Puts the last good drafter in the place of a bad one, and says so; see `canary`."""
+    if carry.good is None:
+        return carry, None
+    arguments = check_arguments(machinery, state, carry)
+    program = machinery.programs.pool.get(check_recipe(machinery, arguments))
+    drafter, good, told = program(*arguments)
+    verdict = sharding.to_host(told)
+    if sentence := canary.sentence(verdict):
+        print(f"step {state.steps_done}: {sentence}", flush=True)
+    return dataclasses.replace(carry, drafter=drafter, good=good), verdict
+
+
+def check_arguments(machinery: Machinery, state: RunState, carry: Carry) -> tuple[Any, ...]:
+    """Arguments of the program that checks the drafter."""
+    sampler = jax.device_put(
+        sampling.params_of(machinery.config.rollout), sharding.replicated(machinery.programs.mesh)
+    )
+    return state.rollout_params, carry.drafter, carry.good, carry.buffer, sampler
+
+
+def check_recipe(machinery: Machinery, arguments: tuple[Any, ...]) -> Recipe:
+    """How that program is made."""
+    programs = machinery.programs
+    return Recipe(
+        "canary",
+        lambda: canary.check_program(programs.mesh, programs.policy, programs.drafter),
+        arguments,
+    )
 
 
 def make_batch(
@@ -243,6 +289,11 @@ def rollout_layout(mesh: jax.sharding.Mesh, config: RunConfig) -> Any:
     specs = policy.param_specs(config.policy)
     shardings = sharding.tree_shardings(specs, mesh, sharding.ROLLOUT_RULES)
     return sharding.resharder(shardings, config.policy.dtype)
+
+
+def _number(x: Any) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(x) if np.isfinite(x) else None
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

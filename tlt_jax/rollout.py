@@ -17,6 +17,7 @@ import numpy as np
 from tlt_jax import bandit as bandit_lib
 from tlt_jax import dealing, seating, sharding
 from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.canary import GoodDrafter
 from tlt_jax.choice import Choice, choose
 from tlt_jax.chunk import ChunkKind, ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
@@ -83,6 +84,7 @@ class Carry:
     buffer: DrafterBuffer | None  # its data buffer, leaves [slices, ...]; None without training
     library: Library | None  # None where no strategy uses the n-gram drafter
     controller: Controller = FRESH  # what all chunks so far have taught
+    good: GoodDrafter | None = None  # to fall back to between rollouts; None without training
 
     @property
     def arrays(self) -> tuple[DrafterState | None, DrafterBuffer | None, Library | None]:

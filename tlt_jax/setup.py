@@ -13,6 +13,7 @@ import optax
 from tlt_jax import (
     advantages,
     calibration,
+    canary,
     chunk,
     drafter,
     learner,
@@ -153,13 +154,17 @@ def first_state(machinery: Machinery, policy_params: Any, drafter_params: Any) -
     draft = None
     if programs.drafting:
         draft = drafter_state(spot_training.optimizer(config.drafter), mesh, drafter_params)
-    buffer = chunk.empty_buffers(mesh, config.policy, config.drafter) if programs.training else None
+    buffer = good = None
+    if programs.training:
+        assert draft is not None, "there is no drafter to train"
+        buffer = chunk.empty_buffers(mesh, config.policy, config.drafter)
+        good = canary.begin(draft)
     return RunState(
         steps_done=0,
         learner=learner.init_state(mesh, config.policy, machinery.tx, params),
         reference=jax.tree.map(lambda x: x.copy(), params),
         rollout_params=params,
-        carry=Carry(draft, buffer, programs.empty_library()),
+        carry=Carry(draft, buffer, programs.empty_library(), good=good),
     )
 
 
@@ -173,13 +178,15 @@ def order_programs(machinery: Machinery, state: RunState) -> None:
     most = rl_step.most_microbatches(machinery.config)
     empty = packing.empty_batch(most, rows.microbatch_rows, rows.row_length)
     update = rl_step.update_arguments(machinery, state, empty, 0)
-    programs.pool.order(
-        [
-            rl_step.update_recipe(machinery, update),
-            *programs.recipes(state.rollout_params, *state.carry.arrays),
-            rl_step.layout_recipe(machinery, state.learner.params),
-        ]
-    )
+    wanted = [
+        rl_step.update_recipe(machinery, update),
+        *programs.recipes(state.rollout_params, *state.carry.arrays),
+        rl_step.layout_recipe(machinery, state.learner.params),
+    ]
+    if state.carry.good is not None:
+        check = rl_step.check_arguments(machinery, state, state.carry)
+        wanted.append(rl_step.check_recipe(machinery, check))
+    programs.pool.order(wanted)
     _warm_up_small_operations(machinery)
 
 
