@@ -235,7 +235,7 @@ def test_interrupted_install_is_told_and_retried(sandbox):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "exit status 130 in the step 'Installing core" in stderr
     assert stderr.count("\n") == 1
