@@ -1,5 +1,7 @@
 """The drafter's data buffer: by hand, then against a ring in plain Python."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ def test_a_budget_gives_rows():
     assert config.buffer_rows(narrow) == 16  # 2.195 of 2.2
     assert config.buffer_rows(PolicyConfig(width=64, feature_layers=(2, 8))) == 5  # 780 bytes each
     assert config.buffer_rows(PolicyConfig(width=64, dtype="bfloat16")) == 30  # 140 bytes each
+    bare = dataclasses.replace(config, store_features=False)
+    assert bare.buffer_rows(narrow) == 358  # 12 bytes each
     made = buffer_lib.empty(config, PolicyConfig(width=64, feature_layers=(2, 8)))
     assert made.features.shape == (5, 512, 192) and made.tokens.shape == (5, 512)
 

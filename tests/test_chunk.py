@@ -15,6 +15,7 @@ from tlt_jax import buffer as buffer_lib
 from tlt_jax import objectives, policy, row_programs, sampling, sharding, spot_training
 from tlt_jax.buffer import Microbatch
 from tlt_jax.chunk import TRAINING_STREAM
+from tlt_jax.program_pool import ProgramPool
 from tlt_jax.types import INVALID
 
 ROWS, SLICES = 4, 2
@@ -311,6 +312,20 @@ def test_draws_differ_by_chunk(programs, target):
         for index in (3, 4, 3)
     ]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_buffer_of_tokens_alone_trains_alike(programs, target):
+    """The policy makes the features anew: the same, for it has not changed since."""
+    bare = dataclasses.replace(DRAFTER, store_features=False)
+    other = dataclasses.replace(programs, drafter=bare, pool=ProgramPool())
+    state = _prefilled(programs, target, [1, 1, 1, 1, 14, 2, 2, 2])
+    found = [_run(p, target, state, rounds=24, training=True) for p in (programs, other)]
+    (stored, whole, _, report), (anew, tokens, _, again) = found
+    assert tokens.features is None and whole.features is not None
+    assert report.microbatches.tolist() == again.microbatches.tolist() != [0, 0]
+    np.testing.assert_allclose(again.draft_loss[0], report.draft_loss[0], rtol=1e-4)
+    moments = (optax.tree_utils.tree_get(each.opt_state, "mu") for each in (anew, stored))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-5), *moments)
 
 
 def test_with_a_tensor_axis_all_devices_agree():

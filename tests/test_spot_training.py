@@ -270,6 +270,27 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
     assert np.max(np.abs((first + second) / 2 - gradients["norm"] / pairs)) > 1e-2
 
 
+def test_features_made_anew_are_those_that_were_stored(params, target, tiny_config, sequences):
+    """A ring of tokens alone gives the gradient of one with features, for the same policy."""
+    stored = _filled(sequences, 8, 5, 3, 6)
+    bare = dataclasses.replace(CONFIG, store_features=False)
+    ring = buffer_lib.empty(bare, PolicyConfig(width=D))
+    assert ring.features is None and ring.tokens.shape[0] > stored.tokens.shape[0]
+    ring = jax.tree.map(lambda x: x[: stored.tokens.shape[0]] if x.ndim else x, ring)
+    given = jnp.array([8, 5, 3, 6], jnp.int32)
+    ring = buffer_lib.insert_each(ring, sequences[0][:4], None, given, given > 0)
+    jax.tree.map(np.testing.assert_array_equal, ring, stored.replace(features=None))
+    for seed in range(3):
+        of_stored, of_ring = (
+            _accumulate(params, target, tiny_config, held, jax.random.key(seed), 2)
+            for held in (stored, ring)
+        )
+        assert float(of_stored.weight) == float(of_ring.weight) > 0
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), of_ring, of_stored
+        )
+
+
 def test_an_empty_buffer_or_no_microbatch_leaves_the_drafter_alone(
     params, target, tiny_config, sequences
 ):

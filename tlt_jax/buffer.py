@@ -22,7 +22,7 @@ class DrafterBuffer:
     """A frozen ring of packed rows."""
 
     tokens: jax.Array  # [R, W] int32
-    features: jax.Array  # [R, W, F], target features
+    features: jax.Array | None  # [R, W, F], target features; None where they are not stored
     segment_ids: jax.Array  # [R, W] int32, INVALID where empty
     positions: jax.Array  # [R, W] int32, restarting with each segment
     row: jax.Array  # [] int32, the row being filled
@@ -36,7 +36,7 @@ class Microbatch:
     """Packed rows, and which part of each is trained; the rest is what that part sees."""
 
     tokens: jax.Array  # [M, W] int32
-    features: jax.Array  # [M, W, F]
+    features: jax.Array | None  # [M, W, F]; None where the target has to make them
     segment_ids: jax.Array  # [M, W] int32
     positions: jax.Array  # [M, W] int32
     starts: jax.Array  # [M] int32, the part's first token
@@ -48,7 +48,7 @@ def empty(config: DrafterConfig, policy: PolicyConfig) -> DrafterBuffer:
     width, dtype = policy.feature_width, jnp.dtype(policy.dtype)
     return DrafterBuffer(
         tokens=jnp.zeros(shape, jnp.int32),
-        features=jnp.zeros((*shape, width), dtype),
+        features=jnp.zeros((*shape, width), dtype) if config.store_features else None,
         segment_ids=jnp.full(shape, INVALID, jnp.int32),
         positions=jnp.zeros(shape, jnp.int32),
         row=jnp.int32(0),
@@ -59,14 +59,14 @@ def empty(config: DrafterConfig, policy: PolicyConfig) -> DrafterBuffer:
 
 
 def insert(
-    buffer: DrafterBuffer, tokens: jax.Array, features: jax.Array, length: jax.Array
+    buffer: DrafterBuffer, tokens: jax.Array, features: jax.Array | None, length: jax.Array
 ) -> DrafterBuffer:
     """Appends one sequence.
 
     Args:
       buffer: the ring.
       tokens: [S] int32.
-      features: [S, F], h[0] .. h[length - 1] valid.
+      features: [S, F], h[0] .. h[length - 1] valid; None for a ring that stores none.
       length: [] int32, tokens to store; 0 stores nothing. At most W.
     """
     rows, row_length = buffer.tokens.shape
@@ -84,7 +84,9 @@ def insert(
 
     return DrafterBuffer(
         tokens=put(buffer.tokens, tokens[source], buffer.tokens[row]),
-        features=put(buffer.features, features[source], buffer.features[row]),
+        features=jax.tree.map(
+            lambda whole, new: put(whole, new[source], whole[row]), buffer.features, features
+        ),
         segment_ids=put(
             buffer.segment_ids, jnp.full((row_length,), buffer.segments), kept_segments
         ),
@@ -99,7 +101,7 @@ def insert(
 def insert_each(
     buffer: DrafterBuffer,
     tokens: jax.Array,
-    features: jax.Array,
+    features: jax.Array | None,
     lengths: jax.Array,
     wanted: jax.Array,
 ) -> DrafterBuffer:
@@ -108,7 +110,7 @@ def insert_each(
     Args:
       buffer: the ring.
       tokens: [B, S] int32.
-      features: [B, S, F].
+      features: [B, S, F], or None as of `insert`.
       lengths: [B] int32, tokens to store of each; at most W.
       wanted: [B] bool.
     """
@@ -119,7 +121,8 @@ def insert_each(
     def body(carry: tuple[DrafterBuffer, jax.Array]) -> tuple[DrafterBuffer, jax.Array]:
         ring, left = carry
         row = jnp.argmax(left)
-        return insert(ring, tokens[row], features[row], lengths[row]), left.at[row].set(False)
+        own = jax.tree.map(lambda x: x[row], features)
+        return insert(ring, tokens[row], own, lengths[row]), left.at[row].set(False)
 
     return jax.lax.while_loop(more, body, (buffer, wanted))[0]
 
@@ -129,7 +132,7 @@ def newest(buffer: DrafterBuffer, rows: int) -> Microbatch:
     chosen = (buffer.row - jnp.arange(rows)) % buffer.tokens.shape[0]
     return Microbatch(
         tokens=buffer.tokens[chosen],
-        features=buffer.features[chosen],
+        features=None if buffer.features is None else buffer.features[chosen],
         segment_ids=buffer.segment_ids[chosen],
         positions=buffer.positions[chosen],
         starts=jnp.zeros((rows,), jnp.int32),
@@ -150,7 +153,7 @@ def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> 
     parts = jnp.maximum(-(-used // tokens), 1)
     return Microbatch(
         tokens=buffer.tokens[chosen],
-        features=buffer.features[chosen],
+        features=None if buffer.features is None else buffer.features[chosen],
         segment_ids=segment_ids,
         positions=buffer.positions[chosen],
         starts=tokens * jax.random.randint(part_key, (rows,), 0, parts),

@@ -297,13 +297,14 @@ def _update(
 
 
 def store_finished(buffer: DrafterBuffer, rows: RolloutState) -> tuple[DrafterBuffer, RolloutState]:
-    """Moves rows that ended into the slice's buffer, features included.
+    """Moves rows that ended into the slice's buffer, features included if it stores them.
 
     The last token's feature was never computed, so length - 1 tokens are stored.
     """
     assert rows.features is not None, "rows without features cannot train a drafter"
     ended = ~rows.live & ~rows.stored
-    buffer = buffer_lib.insert_each(buffer, rows.tokens, rows.features, rows.length - 1, ended)
+    features = None if buffer.features is None else rows.features
+    buffer = buffer_lib.insert_each(buffer, rows.tokens, features, rows.length - 1, ended)
     return buffer, dataclasses.replace(rows, stored=rows.stored | ended)
 
 

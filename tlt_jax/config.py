@@ -189,7 +189,9 @@ class DrafterConfig:
     to be accepted.
 
     A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows.
-    The buffer takes up to `buffer_megabytes` (10^6 bytes) of each slice.
+    The buffer takes up to `buffer_megabytes` (10^6 bytes) of each slice. Without `store_features`
+    it holds tokens alone: a microbatch then begins with a pass of the policy over its rows, and is
+    worth more rounds.
     `rounds_per_microbatch` is its price in each row bucket: an idle slice takes one while the
     others run that many rounds. These are constants, not clock readings, so that a run repeated
     from the same seed gives the same bits. `between_steps_budget` applies with one slice, which is
@@ -204,6 +206,7 @@ class DrafterConfig:
     max_grad_norm: float = 1.0
     feature_loss_weight: float = 0.5
     buffer_megabytes: float = 4.3
+    store_features: bool = True
     row_length: int = 512
     microbatch_rows: int = 1
     microbatch_tokens: int = 64
@@ -218,7 +221,7 @@ class DrafterConfig:
     def row_megabytes(self, policy: PolicyConfig) -> float:
         """What a row of the buffer takes: features, and three 32-bit numbers for each token."""
         features = policy.feature_width * {"float32": 4, "bfloat16": 2}[policy.dtype]
-        return self.row_length * (features + 3 * 4) / 1e6
+        return self.row_length * (features * self.store_features + 3 * 4) / 1e6
 
     def buffer_rows(self, policy: PolicyConfig) -> int:
         """Packed rows that the buffer of a slice has room for."""

@@ -112,7 +112,16 @@ def _drafts(
     """Drafts at depth 1 .. `depth` over `config.microbatch_tokens` tokens of each row."""
     target_params = jax.lax.stop_gradient(target_params)
     params = sharding.cast(params, policy_config.dtype)
-    pairs = drafter.training_pairs(microbatch.tokens, microbatch.features, microbatch.segment_ids)
+    features = microbatch.features
+    if features is None:
+        _, features = policy.packed_forward(
+            target_params,
+            policy_config,
+            microbatch.tokens,
+            microbatch.positions,
+            microbatch.segment_ids,
+        )
+    pairs = drafter.training_pairs(microbatch.tokens, features, microbatch.segment_ids)
     starts, count = microbatch.starts, config.microbatch_tokens
     steps = drafter.packed_steps(
         params,
