@@ -130,13 +130,7 @@ def insert_each(
 def newest(buffer: DrafterBuffer, rows: int) -> Microbatch:
     """The `rows` rows that were written last, from their beginning on; some may hold nothing."""
     chosen = (buffer.row - jnp.arange(rows)) % buffer.tokens.shape[0]
-    return Microbatch(
-        tokens=buffer.tokens[chosen],
-        features=None if buffer.features is None else buffer.features[chosen],
-        segment_ids=buffer.segment_ids[chosen],
-        positions=buffer.positions[chosen],
-        starts=jnp.zeros((rows,), jnp.int32),
-    )
+    return _microbatch(buffer, chosen, jnp.zeros((rows,), jnp.int32))
 
 
 def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> Microbatch:
@@ -148,13 +142,17 @@ def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> 
     """
     row_key, part_key = jax.random.split(key)
     chosen = jax.random.randint(row_key, (rows,), 0, jnp.maximum(buffer.filled, 1))
-    segment_ids = buffer.segment_ids[chosen]
-    used = jnp.sum(segment_ids != INVALID, axis=1)
+    used = jnp.sum(buffer.segment_ids[chosen] != INVALID, axis=1)
     parts = jnp.maximum(-(-used // tokens), 1)
+    return _microbatch(buffer, chosen, tokens * jax.random.randint(part_key, (rows,), 0, parts))
+
+
+def _microbatch(buffer: DrafterBuffer, chosen: jax.Array, starts: jax.Array) -> Microbatch:
+    """Rows of the ring, and where in each the part that counts begins; both [M] int32."""
     return Microbatch(
         tokens=buffer.tokens[chosen],
         features=None if buffer.features is None else buffer.features[chosen],
-        segment_ids=segment_ids,
+        segment_ids=buffer.segment_ids[chosen],
         positions=buffer.positions[chosen],
-        starts=tokens * jax.random.randint(part_key, (rows,), 0, parts),
+        starts=starts,
     )
