@@ -75,7 +75,7 @@ def test_responses_are_the_policys_own_and_each_is_packed_once(config):
     target = rl_step.rollout_layout(mesh, config)(setup.initial_policy(config))
     responses = pretrain_drafter.sample(config, mesh, target)
     assert len(responses) == 20 and len({r.tokens.tobytes() for r in responses}) == 20
-    rows = pretrain_drafter.packed(config, responses)
+    rows = offline_training.packed(config, responses)
     found = []
     for row, segments in enumerate(rows["segment_ids"]):
         for segment in set(segments.tolist()) - {INVALID}:

@@ -125,9 +125,20 @@ def usable_workdir(path: str) -> pathlib.Path:
     return workdir
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses flags and runs `main(argv)`; bad input is one sentence on stderr, exit status 2."""
-    app.run(functools.partial(_guarded, main), flags_parser=functools.partial(_guarded, _flags))
+def run(
+    main: Callable[[list[str]], None],
+    *,
+    rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
+) -> None:
+    """Parses flags and runs `main(argv)`; bad input is one sentence on stderr, exit status 2.
+
+    `rewrite` makes the arguments that are parsed from those that were given.
+    """
+
+    def parse_flags(argv: list[str]) -> list[str]:
+        return _flags(rewrite(argv))
+
+    app.run(functools.partial(_guarded, main), flags_parser=functools.partial(_guarded, parse_flags))
 
 
 def _guarded(function: Callable[[list[str]], Any], argv: list[str]) -> Any:

@@ -307,6 +307,21 @@ class BenchmarkConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StalenessConfig:
+    """The experiment `drafter_staleness` (`python -m tlt_jax.ablate`).
+
+    There is one RL run for each of the policy's `learning_rates`, which make it drift, and `seeds`.
+    In all of them `drafters` draft chains of `depth`: "frozen", or OBJECTIVE-TOKENS, trained after
+    each step on so many tokens of the newest sequences.
+    """
+
+    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    drafters: tuple[str, ...] = ("frozen", "hass-512", "hass-4096")
+    depth: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a command line needs.
 
@@ -327,6 +342,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    staleness: StalenessConfig = StalenessConfig()
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

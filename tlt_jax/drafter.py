@@ -81,6 +81,18 @@ def read(params: Params, config: PolicyConfig, features: jax.Array) -> jax.Array
     return normed.reshape(features.shape) @ params["read"].reshape(-1, config.width)
 
 
+def widened(params: Params, config: PolicyConfig) -> Params:
+    """A drafter of the last hidden state as one that reads `config.feature_layers`, too.
+
+    It gives the same estimates until training makes use of them: the last part alone is read, and
+    the norm that follows takes away what norming that part once more has changed in scale.
+    """
+    parts, width = 1 + len(config.feature_layers), config.width
+    dtype = params["norm"].dtype
+    read = jnp.zeros((parts, width, width), dtype).at[-1].set(jnp.eye(width, dtype=dtype))
+    return {"read_norm": jnp.ones((parts, width), dtype), "read": read} | params
+
+
 def _fuse(
     params: Params, config: PolicyConfig, features: jax.Array, embedded: jax.Array
 ) -> jax.Array:

@@ -5,7 +5,7 @@ The gradient and the update are those of spot training (`spot_training`), on who
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tlt_jax import objectives, policy, sampling, setup, sharding, spot_training
+from tlt_jax import objectives, packing, policy, sampling, setup, sharding, spot_training
 from tlt_jax.buffer import Microbatch
-from tlt_jax.config import RunConfig
+from tlt_jax.config import PolicyConfig, RunConfig
+from tlt_jax.rollout import Response
 from tlt_jax.types import INVALID
 
 PROGRESS_EVERY = 50
@@ -31,6 +32,24 @@ def drafter_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """That of spot training, but for its schedule."""
     rate = schedule(config.warm_start.drafter_learning_rate, config.warm_start.drafter_steps)
     return spot_training.optimizer(config.drafter, rate)
+
+
+def packed(config: RunConfig, responses: Sequence[Response]) -> dict[str, np.ndarray]:
+    """Tokens, positions and segment ids of packed rows, [R, W] each.
+
+    The segment id of a token says which response it belongs to.
+    """
+    batch = packing.pack(
+        [r.tokens for r in responses],
+        [r.prompt_length for r in responses],
+        [r.log_probs for r in responses],
+        [0.0] * len(responses),
+        aggregation="token",
+        row_length=config.warm_start.row_length,
+        rows=1,
+    )
+    names = "tokens", "positions", "segment_ids"
+    return {name: getattr(batch, name)[:, 0] for name in names}
 
 
 class Batches:
@@ -64,11 +83,11 @@ def in_order(
 
 
 def microbatch_of(
-    target_params: Any, config: RunConfig, batch: Mapping[str, jax.Array]
+    target_params: Any, config: PolicyConfig, batch: Mapping[str, jax.Array]
 ) -> Microbatch:
     """Whole rows, [B, T] each, with the policy's features."""
     _, features = policy.packed_forward(
-        target_params, config.policy, batch["tokens"], batch["positions"], batch["segment_ids"]
+        target_params, config, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
     return Microbatch(
         tokens=batch["tokens"],
@@ -87,7 +106,7 @@ def drafter_step(
     config: RunConfig,
 ) -> tuple[spot_training.DrafterState, jax.Array]:
     """One drafter update on the policy's features of a batch; returns state and mean loss."""
-    microbatch = microbatch_of(target_params, config, batch)
+    microbatch = microbatch_of(target_params, config.policy, batch)
     total = spot_training.add_microbatch(
         spot_training.zero_sum(state.params),
         state.params,
@@ -111,7 +130,7 @@ def acceptance_sums(
     depth: int,
 ) -> tuple[jax.Array, jax.Array]:
     """`objectives.acceptance_sums` of a batch."""
-    microbatch = microbatch_of(target_params, config, batch)
+    microbatch = microbatch_of(target_params, config.policy, batch)
     return objectives.acceptance_sums(
         params,
         target_params,

@@ -23,7 +23,6 @@ import numpy as np
 from tlt_jax import (
     command_line,
     offline_training,
-    packing,
     rl_step,
     rollout,
     setup,
@@ -47,7 +46,7 @@ def pretrain(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     target = rl_step.rollout_layout(mesh, config)(setup.initial_policy(config))
-    rows = packed(config, sample(config, mesh, target))
+    rows = offline_training.packed(config, sample(config, mesh, target))
     seconds = time.monotonic() - began
     print(f"{config.warm_start.responses} responses sampled | {seconds:.0f}s", flush=True)
     if len(rows["tokens"]) == 1:
@@ -106,21 +105,6 @@ def sample(config: RunConfig, mesh: jax.sharding.Mesh, target: Any) -> list[Resp
         carry = result.carry
         responses += result.responses
     return responses[: config.warm_start.responses]
-
-
-def packed(config: RunConfig, responses: list[Response]) -> dict[str, np.ndarray]:
-    """Tokens, positions and segment ids of packed rows, [R, W] each."""
-    batch = packing.pack(
-        [r.tokens for r in responses],
-        [r.prompt_length for r in responses],
-        [r.log_probs for r in responses],
-        [0.0] * len(responses),
-        aggregation="token",
-        row_length=config.warm_start.row_length,
-        rows=1,
-    )
-    names = "tokens", "positions", "segment_ids"
-    return {name: getattr(batch, name)[:, 0] for name in names}
 
 
 def acceptance(

@@ -102,6 +102,7 @@ class StepOutcome:
     state: RunState
     row: dict[str, Any]  # of metrics.jsonl
     chunks: list[ChunkRecord]
+    responses: list[Response]  # by sequence
 
 
 def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
@@ -141,7 +142,7 @@ def rl_step(machinery: Machinery, state: RunState) -> StepOutcome:
         rollout_params=rollout_params,
         carry=carry,
     )
-    return StepOutcome(state=new_state, row=row, chunks=result.chunks)
+    return StepOutcome(new_state, row, result.chunks, result.responses)
 
 
 def roll_out(machinery: Machinery, state: RunState) -> tuple[RolloutResult, np.ndarray, float]:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -47,15 +48,22 @@ def initial_policy(config: RunConfig) -> Any:
 
 
 def initial_drafter(config: RunConfig) -> Any:
-    """Drafter parameters from `warm_start_dir`, or random ones where it has none."""
+    """Drafter parameters from `warm_start_dir`, or random ones where it has none.
+
+    One that reads the last hidden state alone is widened where the configuration names more.
+    """
     path = pathlib.Path(config.warm_start_dir) / "drafter.safetensors"
     if not config.warm_start_dir or not path.exists():
         if config.warm_start_dir:
             print(f"there is no {path}: the drafter begins with random parameters", flush=True)
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         return drafter.init(config.policy, config.drafter, key)
-    specs = drafter.param_specs(config.policy, config.drafter)
-    return weights.load(path, specs, dtype=config.policy.dtype)
+    shape, dtype = config.policy, config.policy.dtype
+    if shape.feature_layers and not weights.holds(path, "read"):
+        narrow = dataclasses.replace(shape, feature_layers=())
+        specs = drafter.param_specs(narrow, config.drafter)
+        return drafter.widened(weights.load(path, specs, dtype=dtype), shape)
+    return weights.load(path, drafter.param_specs(shape, config.drafter), dtype=dtype)
 
 
 def load_task(config: RunConfig) -> tuple[Task, Any]:

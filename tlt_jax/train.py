@@ -29,7 +29,7 @@ from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step, to_rollou
 from tlt_jax.types import UserError
 
 # What a resumed run may set anew: it changes no step that is done already.
-MAY_CHANGE = ("benchmark", "checkpoint", "num_steps")
+MAY_CHANGE = ("benchmark", "checkpoint", "num_steps", "staleness")
 
 
 class RunLog:

@@ -28,6 +28,15 @@ def save(path: str | os.PathLike[str], tree: Any, *, dtype: str = "bfloat16") ->
     partial.replace(path)
 
 
+def holds(path: str | os.PathLike[str], name: str) -> bool:
+    """Whether a file has a tensor of this name; one that cannot be read has none."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return name in file.keys()  # noqa: SIM118 (the file is no mapping)
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def load(path: str | os.PathLike[str], specs: Any, *, dtype: str) -> Any:
     """Reads the tree that `specs` (a tree of `ParamSpec`) declares.
 

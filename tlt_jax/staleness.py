@@ -1,0 +1,294 @@
+"""The experiment `drafter_staleness`: when does training the drafter during RL pay?
+
+    python -m tlt_jax.ablate drafter_staleness --workdir=runs/drafter_staleness
+
+RL runs of several learning rates, hence drifts of the policy, and seeds. No token depends on the
+drafter, so each run serves all drafters: it decodes with the n-gram drafter, whose accept length is
+measured as it is, and after each step every trained drafter is judged on the step's sequences by
+what it would have drafted there (`draft_replay`). Only then does it learn from them: with the
+gradient, the buffer's sampling and the update of spot training, on as many tokens as its name says.
+They begin alike, from the drafter of the warm start.
+
+A run is a file `runs/rate_RATE_seed_SEED.jsonl` with a line a step. Started again, the command
+leaves alone what is complete.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tlt_jax import draft_replay, sampling, setup, sharding, spot_training, validation
+from tlt_jax.buffer import DrafterBuffer, Microbatch
+from tlt_jax.config import DrafterConfig, PolicyConfig, RunConfig
+from tlt_jax.draft_replay import Shown
+from tlt_jax.reporting import staleness_plots
+from tlt_jax.reporting.writers import JsonlWriter, read_jsonl
+from tlt_jax.rl_step import rl_step
+from tlt_jax.spot_training import DrafterState
+from tlt_jax.types import INVALID, SamplingParams, UserError
+from tlt_jax.validation import OBJECTIVES
+
+FROZEN = "frozen"
+TRAINING_STREAM = 3_000_000
+"""Folded into a run's key for the draws of microbatches; steps, folded in for tokens, stay below."""
+
+
+@dataclasses.dataclass
+class Student:
+    """A drafter that is judged, and trained, beside a run."""
+
+    name: str
+    policy: PolicyConfig  # its `feature_layers` are those that this drafter reads
+    config: DrafterConfig
+    updates: int  # after each step; 0: frozen
+    state: DrafterState
+
+
+def run(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Takes all RL runs that are not complete yet, then draws what came of them.
+
+    Raises:
+      UserError: a drafter that cannot be had, or a length that does not fit the others.
+    """
+    check(config)
+    for rate in config.staleness.learning_rates:
+        for seed in config.staleness.seeds:
+            path = workdir / "runs" / f"rate_{rate:g}_seed_{seed}.jsonl"
+            if path.exists() and len(list(read_jsonl(path))) == config.num_steps:
+                continue
+            path.unlink(missing_ok=True)
+            print(f"learning rate {rate:g}, seed {seed}", flush=True)
+            with contextlib.closing(JsonlWriter(path)) as log:
+                for record in follow(config, rate, seed):
+                    log.write(record)
+                    print(progress(record, config.num_steps), flush=True)
+            jax.clear_caches()  # a process on CPU may hold only so many programs
+    for path in staleness_plots.write(workdir):
+        print(f"wrote {path}", flush=True)
+
+
+def check(config: RunConfig) -> None:
+    """Refuses what would fail after hours.
+
+    Raises:
+      UserError: the first impossible combination found.
+    """
+    asked, lengths = config.staleness, (config.warm_start.row_length, config.drafter.row_length)
+    if not (asked.learning_rates and asked.seeds and asked.drafters) or asked.depth < 1:
+        raise UserError(
+            "config.staleness must name learning_rates, seeds and drafters, and a depth of 1 or "
+            "more."
+        )
+    for name in asked.drafters:
+        objective, _ = lessons(name, config.drafter)
+        if objective == "eagle3" and not config.policy.feature_layers:
+            raise UserError(
+                f"config.staleness.drafters has {name}, which reads several hidden states; name "
+                "the lower ones, --config.policy.feature_layers='(2, 24)'."
+            )
+    if lengths[0] != lengths[1]:
+        raise UserError(
+            f"config.warm_start.row_length is {lengths[0]} and config.drafter.row_length "
+            f"{lengths[1]}; this experiment packs rows once, so they must be equal."
+        )
+    rate, seed = asked.learning_rates[0], asked.seeds[0]
+    validation.validate(run_config(config, rate, seed))
+
+
+def lessons(name: str, config: DrafterConfig) -> tuple[str, int]:
+    """The objective that a drafter of this name learns, and in how many updates after each step.
+
+    Raises:
+      UserError: there is no such drafter.
+    """
+    if name == FROZEN:
+        return config.objective, 0
+    objective, _, tokens = name.partition("-")
+    of_update = config.microbatch_rows * config.microbatch_tokens
+    if objective not in OBJECTIVES or not tokens.isdecimal() or int(tokens) % of_update:
+        raise UserError(
+            f"config.staleness.drafters has '{name}'; write '{FROZEN}', or an objective "
+            f"({', '.join(OBJECTIVES)}) and a multiple of the {of_update} tokens of an update, "
+            f"'hass-{of_update}'."
+        )
+    return objective, int(tokens) // of_update
+
+
+def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]]:
+    """One RL run: what each step was like, and how every drafter would have done in it."""
+    machinery, state = setup.start(run_config(config, rate, seed))
+    mesh, sampler = machinery.programs.mesh, sampling.params_of(config.rollout)
+    students = [enrol(config, mesh, name) for name in config.staleness.drafters]
+    rows = empty_rows(config)
+    with contextlib.closing(machinery):
+        for step in range(config.num_steps):
+            target, key = state.rollout_params, machinery.step_key(step)
+            outcome = rl_step(machinery, state)
+            state = outcome.state
+            shown = draft_replay.show(config, mesh, target, key, outcome.responses)
+            rows = newest(rows, shown.batches)
+            found = {}
+            for index, student in enumerate(students):
+                draws = jax.random.fold_in(machinery.step_key(TRAINING_STREAM + step), index)
+                found[student.name] = judge(config, student, sampler, shown) | study(
+                    student, target, sampler, rows, draws
+                )
+            yield {
+                "learning_rate": rate,
+                "seed": seed,
+                "step": step,
+                **{name: outcome.row[name] for name in ("kl", "reward_mean", "tokens")},
+                "drafters": found | {"n-gram": of_rollout(outcome.row)},
+            }
+
+
+def run_config(config: RunConfig, rate: float, seed: int) -> RunConfig:
+    """The RL run itself: n-gram drafts as deep as the others', and no training of a drafter."""
+    depth, rollout = config.staleness.depth, config.rollout
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        policy=dataclasses.replace(config.policy, feature_layers=()),
+        rollout=dataclasses.replace(
+            rollout, strategies=(f"ngram-{depth}",) * len(rollout.row_buckets)
+        ),
+        drafter=dataclasses.replace(config.drafter, objective="eagle", train_depth=1, train=False),
+        learner=dataclasses.replace(config.learner, learning_rate=rate),
+    )
+
+
+def enrol(config: RunConfig, mesh: Mesh, name: str) -> Student:
+    """A drafter of this name, with the parameters of the warm start."""
+    objective, updates = lessons(name, config.drafter)
+    wide = objective == "eagle3"
+    shape = config.policy if wide else dataclasses.replace(config.policy, feature_layers=())
+    depth = 1 if objective == "eagle" else config.drafter.train_depth
+    own = dataclasses.replace(config.drafter, objective=objective, train_depth=depth)
+    held = dataclasses.replace(config, policy=shape, drafter=own)
+    state = setup.drafter_state(spot_training.optimizer(own), mesh, setup.initial_drafter(held))
+    return Student(name, shape, own, updates, state)
+
+
+def judge(
+    config: RunConfig, student: Student, sampler: SamplingParams, shown: Shown
+) -> dict[str, Any]:
+    """How the drafter would have done in the rollout shown."""
+    done = draft_replay.replay(
+        student.state.params, student.policy, sampler, shown, depth=config.staleness.depth
+    )
+    return {"accept_length": done.accept_length, "accept_by_position": done.accept_by_position}
+
+
+def study(
+    student: Student, target: Any, sampler: SamplingParams, rows: DrafterBuffer, key: jax.Array
+) -> dict[str, Any]:
+    """Trains the drafter on the newest rows; its mean loss and the seconds it took."""
+    if student.updates == 0:
+        return {"loss": None, "seconds": 0.0}
+    began = time.perf_counter()
+    student.state, loss = jax.block_until_ready(
+        take_updates(
+            student.state,
+            target,
+            student.policy,
+            student.config,
+            sampler,
+            rows,
+            key,
+            updates=student.updates,
+        )
+    )
+    return {"loss": float(loss), "seconds": time.perf_counter() - began}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "drafter_config", "updates"))
+def take_updates(
+    state: DrafterState,
+    target: Any,
+    config: PolicyConfig,
+    drafter_config: DrafterConfig,
+    sampler: SamplingParams,
+    rows: DrafterBuffer,
+    key: jax.Array,
+    *,
+    updates: int,
+) -> tuple[DrafterState, jax.Array]:
+    """Updates of one microbatch each, drawn from `rows`; the drafter's state and the mean loss."""
+    rows = rows.replace(features=draft_replay.narrow(rows.features, config))
+    tx = spot_training.optimizer(drafter_config)
+
+    def body(index: jax.Array, carry: tuple[DrafterState, jax.Array, jax.Array]) -> Any:
+        state, loss, weight = carry
+        total, _ = spot_training.add_sample(
+            spot_training.zero_sum(state.params),
+            state.params,
+            target,
+            config,
+            drafter_config,
+            sampler,
+            rows,
+            jax.random.fold_in(key, index),
+            jnp.bool_(True),
+        )
+        state = spot_training.apply(tx, state, total)
+        return state, loss + total.loss, weight + total.weight
+
+    zero = jnp.float32(0)
+    state, loss, weight = jax.lax.fori_loop(0, updates, body, (state, zero, zero))
+    return state, loss / weight
+
+
+def empty_rows(config: RunConfig) -> DrafterBuffer:
+    """A buffer's rows, none of which holds anything, on the host."""
+    shape = (config.drafter.buffer_rows(config.policy), config.warm_start.row_length)
+    zero = np.int32(0)
+    return DrafterBuffer(
+        tokens=np.zeros(shape, np.int32),
+        features=np.zeros((*shape, config.policy.feature_width), config.policy.dtype),
+        segment_ids=np.full(shape, INVALID, np.int32),
+        positions=np.zeros(shape, np.int32),
+        row=zero,
+        used=zero,
+        segments=zero,
+        filled=zero,
+    )
+
+
+def newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
+    """Puts the rows of a step's batches before those of earlier steps; the oldest drop out."""
+    whole = sharding.to_host(batches)
+    held = np.concatenate([np.any(batch.segment_ids != INVALID, axis=1) for batch in whole])
+
+    def put(name: str) -> np.ndarray:
+        new = np.concatenate([getattr(batch, name) for batch in whole])[held]
+        return np.concatenate([new, getattr(rows, name)])[: len(rows.tokens)]
+
+    names = "tokens", "features", "segment_ids", "positions"
+    filled = np.int32(min(rows.filled + held.sum(), len(rows.tokens)))
+    return rows.replace(filled=filled, **{name: put(name) for name in names})
+
+
+def of_rollout(row: dict[str, Any]) -> dict[str, Any]:
+    """What the run's own drafter did, as of `judge` and `study`."""
+    measured = {name: row[name] for name in ("accept_length", "accept_by_position")}
+    return measured | {"loss": None, "seconds": 0.0}
+
+
+def progress(record: dict[str, Any], steps: int) -> str:
+    """A step in a line."""
+    lengths = " ".join(
+        f"{name} {held['accept_length']:.2f}" for name, held in record["drafters"].items()
+    )
+    return (
+        f"step {record['step'] + 1}/{steps} | reward {record['reward_mean']:.2f} | "
+        f"kl {record['kl']:.3f} | accept {lengths}"
+    )
