@@ -1,4 +1,4 @@
-"""Drafts replayed on a rollout's sequences: rounds by hand, and against rollouts with the drafter."""
+"""Drafts replayed on a rollout's sequences: rounds by hand, and those of real rollouts."""
 
 import dataclasses
 
@@ -11,9 +11,7 @@ import toy_engine
 from tlt_jax import draft_replay, setup
 from tlt_jax.config import RunConfig, WarmStartConfig
 
-CONFIG = RunConfig(
-    policy=toy_engine.SHAPE, warm_start=WarmStartConfig(row_length=96, batch_rows=4)
-)
+CONFIG = RunConfig(policy=toy_engine.SHAPE, warm_start=WarmStartConfig(row_length=96, batch_rows=4))
 
 
 def test_rounds_by_hand():

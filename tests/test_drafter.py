@@ -110,6 +110,27 @@ def test_several_hidden_states_are_normed_one_by_one_and_read_as_one(tiny_config
     assert "read" not in drafter.param_specs(tiny_config, DRAFTER)
 
 
+def test_a_widened_drafter_gives_what_it_gave(params, tiny_config, pairs):
+    """Whatever the other layers hold; and all of what it reads with can be trained."""
+    config = dataclasses.replace(tiny_config, feature_layers=(0,))
+    features, embedded = pairs
+    other = jnp.asarray(np.random.default_rng(4).standard_normal(features.shape), jnp.float32)
+    wide = jnp.concatenate([other, features], axis=-1)
+    widened = drafter.widened(params, config)
+    shapes = jax.tree.map(jnp.shape, drafter.init(config, DRAFTER, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, widened) == shapes
+
+    def estimates(params, config, features):
+        return _steps(params, config, features, embedded, POSITIONS, SEGMENTS, steps=2)
+
+    for (found, _), (known, _) in zip(
+        estimates(widened, config, wide), estimates(params, tiny_config, features), strict=True
+    ):
+        np.testing.assert_allclose(found, known, atol=2e-2)  # the norms' epsilon is 1e-3 here
+    gradient = jax.grad(lambda params: estimates(params, config, wide)[1][0].sum())(widened)
+    assert np.all(np.any(np.asarray(gradient["read"]) != 0, axis=(1, 2)))
+
+
 def test_decoding_pair_by_pair_is_the_packed_row(params, tiny_config, pairs):
     whole = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
     expected = _packed(params, tiny_config, *pairs, whole, np.zeros((2, T), np.int32))

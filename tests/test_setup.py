@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 import toy_run
 
@@ -45,3 +47,20 @@ def test_what_is_no_log_of_decisions_is_refused(tmp_path):
         setup.load_replay(str(path))
     with pytest.raises(UserError, match=r"decisions\.jsonl does not exist"):
         setup.load_replay(str(tmp_path / "decisions.jsonl"))
+
+
+def test_a_drafter_that_reads_one_hidden_state_is_widened(tmp_path):
+    config = toy_run.changed(toy_run.CONFIG, warm_start_dir=str(tmp_path))
+    wide = toy_run.changed(config, policy={"feature_layers": (0, 1)})
+    path = tmp_path / "drafter.safetensors"
+    known = setup.initial_drafter(toy_run.changed(config, warm_start_dir=""))
+    weights.save(path, known, dtype="float32")
+    found = setup.initial_drafter(wide)
+    assert found["read"].shape == (3, 32, 32)
+    jax.tree.map(np.testing.assert_array_equal, {k: found[k] for k in known}, known)
+    own = found | {"read": found["read"] + 1}
+    weights.save(path, own, dtype="float32")  # one that reads as much is taken as it is
+    jax.tree.map(np.testing.assert_array_equal, setup.initial_drafter(wide), own)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        setup.initial_drafter(wide)

@@ -6,21 +6,29 @@ import pathlib
 
 import pytest
 
-from tlt_jax import command_line, setup
+from tlt_jax import command_line, setup, staleness
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-SHIPPED = [("quickstart", ""), ("quickstart", "tiny"), ("quickstart", "gpu"), ("countdown", "")]
+SHIPPED = [
+    ("quickstart", ""),
+    ("quickstart", "tiny"),
+    ("quickstart", "gpu"),
+    ("countdown", ""),
+    ("experiments/drafter_staleness", ""),
+]
 
 
 def load(name: str, variant: str):
-    spec = importlib.util.spec_from_file_location(name, REPO / "configs" / f"{name}.py")
+    path = REPO / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant) if variant else module.get_config()
 
 
 def test_every_config_file_is_tested_here():
-    names = {path.stem for path in (REPO / "configs").glob("*.py")}
+    configs = REPO / "configs"
+    names = {str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.py")}
     assert names == {name for name, _ in SHIPPED}
 
 
@@ -35,6 +43,10 @@ def test_config_is_valid_and_its_warm_start_fits(name, variant):
         config.policy.width,
     )
     assert setup.initial_drafter(config)["norm"].shape == (config.policy.width,)
+
+
+def test_the_experiment_can_be_run():
+    staleness.check(command_line.parse(load("experiments/drafter_staleness", "")))
 
 
 def test_committed_warm_start_is_small():

@@ -138,7 +138,8 @@ def run(
     def parse_flags(argv: list[str]) -> list[str]:
         return _flags(rewrite(argv))
 
-    app.run(functools.partial(_guarded, main), flags_parser=functools.partial(_guarded, parse_flags))
+    guarded = functools.partial(_guarded, parse_flags)
+    app.run(functools.partial(_guarded, main), flags_parser=guarded)
 
 
 def _guarded(function: Callable[[list[str]], Any], argv: list[str]) -> Any:

@@ -43,6 +43,15 @@ class Rounds(NamedTuple):
     drafted: np.ndarray  # [d] int, rounds with a token at this draft position
     accepted: np.ndarray  # [d] int, of these the ones whose drafts up to it were accepted
 
+    def plus(self, other: "Rounds") -> "Rounds":
+        """The sums over both."""
+        return Rounds(
+            self.rounds + other.rounds,
+            self.committed + other.committed,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+
     @property
     def accept_length(self) -> float:
         return self.committed / self.rounds
@@ -165,5 +174,5 @@ def replay(
         for row, ids in enumerate(segments):
             for sequence in np.unique(ids[ids >= 0]):
                 own = count_rounds(found[:, row, ids == sequence], shown.prompt_lengths[sequence])
-                total = Rounds(*(a + b for a, b in zip(total, own, strict=True)))
+                total = total.plus(own)
     return total

@@ -19,14 +19,13 @@ import functools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from tlt_jax import draft_replay, sampling, setup, sharding, spot_training, validation
+from tlt_jax import buffer, draft_replay, sampling, setup, sharding, spot_training, validation
 from tlt_jax.buffer import DrafterBuffer, Microbatch
 from tlt_jax.config import DrafterConfig, PolicyConfig, RunConfig
 from tlt_jax.draft_replay import Shown
@@ -38,8 +37,9 @@ from tlt_jax.types import INVALID, SamplingParams, UserError
 from tlt_jax.validation import OBJECTIVES
 
 FROZEN = "frozen"
-TRAINING_STREAM = 3_000_000
-"""Folded into a run's key for the draws of microbatches; steps, folded in for tokens, stay below."""
+LESSON_STREAM = 3_000_000
+"""Folded into a run's key for the draws of microbatches; steps, for tokens, stay below."""
+REPEATS = 5
 
 
 @dataclasses.dataclass
@@ -50,7 +50,17 @@ class Student:
     policy: PolicyConfig  # its `feature_layers` are those that this drafter reads
     config: DrafterConfig
     updates: int  # after each step; 0: frozen
+    device: jax.Device  # trains it
     state: DrafterState
+
+
+class Lesson(NamedTuple):
+    """What all drafters learn from after a step, on the host."""
+
+    heads: Any  # as of `heads`
+    sampler: SamplingParams
+    rows: DrafterBuffer
+    key: jax.Array  # of the draws of microbatches, the same for all
 
 
 def run(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -60,8 +70,8 @@ def run(config: RunConfig, workdir: pathlib.Path) -> None:
       UserError: a drafter that cannot be had, or a length that does not fit the others.
     """
     check(config)
-    for rate in config.staleness.learning_rates:
-        for seed in config.staleness.seeds:
+    for seed in config.staleness.seeds:
+        for rate in config.staleness.learning_rates:
             path = workdir / "runs" / f"rate_{rate:g}_seed_{seed}.jsonl"
             if path.exists() and len(list(read_jsonl(path))) == config.num_steps:
                 continue
@@ -127,7 +137,10 @@ def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]
     """One RL run: what each step was like, and how every drafter would have done in it."""
     machinery, state = setup.start(run_config(config, rate, seed))
     mesh, sampler = machinery.programs.mesh, sampling.params_of(config.rollout)
-    students = [enrol(config, mesh, name) for name in config.staleness.drafters]
+    students = [
+        enrol(config, name, mesh.devices.flat[index % mesh.devices.size])
+        for index, name in enumerate(config.staleness.drafters)
+    ]
     rows = empty_rows(config)
     with contextlib.closing(machinery):
         for step in range(config.num_steps):
@@ -135,19 +148,18 @@ def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]
             outcome = rl_step(machinery, state)
             state = outcome.state
             shown = draft_replay.show(config, mesh, target, key, outcome.responses)
+            judged = {student.name: judge(config, student, sampler, shown) for student in students}
             rows = newest(rows, shown.batches)
-            found = {}
-            for index, student in enumerate(students):
-                draws = jax.random.fold_in(machinery.step_key(TRAINING_STREAM + step), index)
-                found[student.name] = judge(config, student, sampler, shown) | study(
-                    student, target, sampler, rows, draws
-                )
+            lesson = Lesson(heads(target), sampler, rows, machinery.step_key(LESSON_STREAM + step))
+            learned = study(students, lesson)
             yield {
                 "learning_rate": rate,
                 "seed": seed,
                 "step": step,
                 **{name: outcome.row[name] for name in ("kl", "reward_mean", "tokens")},
-                "drafters": found | {"n-gram": of_rollout(outcome.row)},
+                "drafters": {name: judged[name] | learned[name] for name in judged}
+                | {"n-gram": of_rollout(outcome.row)},
+                "prices": prices(students, lesson) if step == 0 else None,
             }
 
 
@@ -166,64 +178,77 @@ def run_config(config: RunConfig, rate: float, seed: int) -> RunConfig:
     )
 
 
-def enrol(config: RunConfig, mesh: Mesh, name: str) -> Student:
+def enrol(config: RunConfig, name: str, device: jax.Device) -> Student:
     """A drafter of this name, with the parameters of the warm start."""
     objective, updates = lessons(name, config.drafter)
     wide = objective == "eagle3"
     shape = config.policy if wide else dataclasses.replace(config.policy, feature_layers=())
     depth = 1 if objective == "eagle" else config.drafter.train_depth
     own = dataclasses.replace(config.drafter, objective=objective, train_depth=depth)
-    held = dataclasses.replace(config, policy=shape, drafter=own)
-    state = setup.drafter_state(spot_training.optimizer(own), mesh, setup.initial_drafter(held))
-    return Student(name, shape, own, updates, state)
+    params = setup.initial_drafter(dataclasses.replace(config, policy=shape, drafter=own))
+    state = spot_training.init_state(spot_training.optimizer(own), params)
+    return Student(name, shape, own, updates, device, jax.device_put(state, device))
+
+
+def heads(target: Any) -> Any:
+    """What drafters share with the policy: its embedding and head, on the host."""
+    return sharding.to_host({name: target[name] for name in ("embed", "head") if name in target})
 
 
 def judge(
     config: RunConfig, student: Student, sampler: SamplingParams, shown: Shown
 ) -> dict[str, Any]:
     """How the drafter would have done in the rollout shown."""
-    done = draft_replay.replay(
-        student.state.params, student.policy, sampler, shown, depth=config.staleness.depth
-    )
+    params = sharding.to_host(student.state.params)
+    done = draft_replay.replay(params, student.policy, sampler, shown, depth=config.staleness.depth)
     return {"accept_length": done.accept_length, "accept_by_position": done.accept_by_position}
 
 
-def study(
-    student: Student, target: Any, sampler: SamplingParams, rows: DrafterBuffer, key: jax.Array
-) -> dict[str, Any]:
-    """Trains the drafter on the newest rows; its mean loss and the seconds it took."""
+def study(students: Sequence[Student], lesson: Lesson) -> dict[str, dict[str, Any]]:
+    """Trains all drafters, each on its device, and gives their mean losses by name."""
+    begun = [take_updates(student, lesson) for student in students]  # devices work side by side
+    for student, (state, _) in zip(students, begun, strict=True):
+        student.state = state
+    return {
+        student.name: {"loss": float(loss) if student.updates else None}
+        for student, (_, loss) in zip(students, begun, strict=True)
+    }
+
+
+def prices(students: Sequence[Student], lesson: Lesson) -> dict[str, float]:
+    """Seconds that a lesson takes each drafter while the others rest, medians."""
+    found: dict[str, list[float]] = {student.name: [] for student in students}
+    for _ in range(REPEATS):
+        for student in students:
+            began = time.perf_counter()
+            jax.block_until_ready(take_updates(student, lesson))
+            found[student.name].append(time.perf_counter() - began)
+    return {name: float(np.median(seconds)) for name, seconds in found.items()}
+
+
+def take_updates(student: Student, lesson: Lesson) -> tuple[DrafterState, jax.Array]:
+    """The drafter's state after its updates, and the mean loss; returns before they are done."""
     if student.updates == 0:
-        return {"loss": None, "seconds": 0.0}
-    began = time.perf_counter()
-    student.state, loss = jax.block_until_ready(
-        take_updates(
-            student.state,
-            target,
-            student.policy,
-            student.config,
-            sampler,
-            rows,
-            key,
-            updates=student.updates,
-        )
-    )
-    return {"loss": float(loss), "seconds": time.perf_counter() - began}
+        return student.state, jnp.float32(0)
+    given = jax.device_put((lesson.heads, lesson.sampler, lesson.rows, lesson.key), student.device)
+    return _updated(student.state, *given, student.policy, student.config, updates=student.updates)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter_config", "updates"))
-def take_updates(
+def _updated(
     state: DrafterState,
     target: Any,
-    config: PolicyConfig,
-    drafter_config: DrafterConfig,
     sampler: SamplingParams,
     rows: DrafterBuffer,
     key: jax.Array,
+    config: PolicyConfig,
+    drafter_config: DrafterConfig,
     *,
     updates: int,
 ) -> tuple[DrafterState, jax.Array]:
     """Updates of one microbatch each, drawn from `rows`; the drafter's state and the mean loss."""
-    rows = rows.replace(features=draft_replay.narrow(rows.features, config))
+    features = draft_replay.narrow(rows.features, config)
+    rows = dataclasses.replace(rows, features=features)
     tx = spot_training.optimizer(drafter_config)
 
     def body(index: jax.Array, carry: tuple[DrafterState, jax.Array, jax.Array]) -> Any:
@@ -249,18 +274,7 @@ def take_updates(
 
 def empty_rows(config: RunConfig) -> DrafterBuffer:
     """A buffer's rows, none of which holds anything, on the host."""
-    shape = (config.drafter.buffer_rows(config.policy), config.warm_start.row_length)
-    zero = np.int32(0)
-    return DrafterBuffer(
-        tokens=np.zeros(shape, np.int32),
-        features=np.zeros((*shape, config.policy.feature_width), config.policy.dtype),
-        segment_ids=np.full(shape, INVALID, np.int32),
-        positions=np.zeros(shape, np.int32),
-        row=zero,
-        used=zero,
-        segments=zero,
-        filled=zero,
-    )
+    return sharding.to_host(buffer.empty(config.drafter, config.policy))
 
 
 def newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
@@ -268,19 +282,25 @@ def newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
     whole = sharding.to_host(batches)
     held = np.concatenate([np.any(batch.segment_ids != INVALID, axis=1) for batch in whole])
 
-    def put(name: str) -> np.ndarray:
+    def put(name: str) -> Any:
         new = np.concatenate([getattr(batch, name) for batch in whole])[held]
         return np.concatenate([new, getattr(rows, name)])[: len(rows.tokens)]
 
-    names = "tokens", "features", "segment_ids", "positions"
-    filled = np.int32(min(rows.filled + held.sum(), len(rows.tokens)))
-    return rows.replace(filled=filled, **{name: put(name) for name in names})
+    filled: Any = np.int32(min(rows.filled + held.sum(), len(rows.tokens)))
+    return dataclasses.replace(
+        rows,
+        tokens=put("tokens"),
+        features=put("features"),
+        segment_ids=put("segment_ids"),
+        positions=put("positions"),
+        filled=filled,
+    )
 
 
 def of_rollout(row: dict[str, Any]) -> dict[str, Any]:
-    """What the run's own drafter did, as of `judge` and `study`."""
+    """What the run's own drafter did, told as of the others."""
     measured = {name: row[name] for name in ("accept_length", "accept_by_position")}
-    return measured | {"loss": None, "seconds": 0.0}
+    return measured | {"loss": None}
 
 
 def progress(record: dict[str, Any], steps: int) -> str:

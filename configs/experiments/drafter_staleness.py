@@ -12,14 +12,13 @@ from configs import quickstart
 def get_config() -> config_dict.ConfigDict:
     """The quickstart with deeper drafts, and drafters of every objective."""
     config = quickstart.get_config()
-    config.num_steps = 50
+    config.num_steps = 36
     config.learner.decay = "constant"
     config.policy.feature_layers = (2, 24)  # of which "eagle3" alone reads all
-    config.drafter.update(microbatch_tokens=512, learning_rate=2e-4, buffer_megabytes=6.6)
-    config.staleness.learning_rates = (3e-5, 1e-4, 3e-4)
+    config.drafter.update(microbatch_tokens=512, learning_rate=1e-4, buffer_megabytes=6.6)
+    config.staleness.learning_rates = (1e-4, 3e-4, 5e-4)
     config.staleness.seeds = (0, 1, 2)
     config.staleness.drafters = (
         "frozen", "hass-512", "eagle-4096", "hass-4096", "eagle3-4096", "acceptance-4096",
     )  # fmt: skip
-    config.rollout.length_buckets = (144, 256, 512)
     return config

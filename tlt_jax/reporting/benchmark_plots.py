@@ -36,6 +36,7 @@ def grid(findings: Sequence[Mapping[str, Any]]) -> Figure:
     """Speed-up by live rows and accept length by verified tokens; below, the paper's."""
     figure = Figure(figsize=(11.5, 8))
     (speed, length), (paper_speed, paper_length) = figure.subplots(2, 2)
+    findings = sorted(findings, key=lambda finding: finding["rows"])
     rows = [finding["rows"] for finding in findings]
     modes = [{mode["mode"]: mode for mode in finding["modes"]} for finding in findings]
     for index, name in enumerate(name for name in modes[0] if name != "plain"):

@@ -65,7 +65,8 @@ def table(runs: Runs) -> list[dict[str, Any]]:
     """
     lines = []
     for rate, of_rate in runs.items():
-        eagle = _cost(of_rate, next((n for n in drafters(runs) if n.startswith("eagle-")), ""))
+        prices = of_rate[0][0]["prices"]
+        eagle = next((prices[name] for name in prices if name.startswith("eagle-")), None)
         for name in drafters(runs):
             first, last = (
                 np.array([_accept_length(run[part], name) for run in of_rate])
@@ -78,7 +79,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
                 frozen = [_accept_length(run[-AT_EITHER_END:], "frozen") for run in of_rate]
                 gains = last / np.array(frozen)
                 line |= {"gain": np.median(gains), "gain_min": gains.min(), "gain_max": gains.max()}
-            line["cost"] = _cost(of_rate, name) / eagle if eagle else None
+            line["cost"] = prices[name] / eagle if eagle and name in prices else None
             lines.append(line)
     return lines
 
@@ -96,8 +97,9 @@ def overview(runs: Runs) -> Figure:
         lengths.set(xlabel="RL step", ylabel="tokens per round and sequence")
         for label, line in paper.FIGURE_16_ACCEPTANCE.items():
             positions = range(1, len(line) + 1)
-            style = {"color": "#BBBBBB", "linestyle": "--" if label == "frozen" else "-"}
-            shares.plot(positions, line, label=f"the paper's, {label}", zorder=1, **style)
+            style = "--" if label == "frozen" else "-"
+            label = f"the paper's, {label}"
+            shares.plot(positions, line, label=label, zorder=1, color="#BBBBBB", linestyle=style)
         shares.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
         shares.set(xlabel="draft position", ylabel=f"accepted, last {AT_EITHER_END} steps")
         for axes in (lengths, shares):
@@ -137,12 +139,6 @@ def _accept_length(lines: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(np.mean([line["drafters"][name]["accept_length"] for line in lines]))
 
 
-def _cost(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> float:
-    """Median seconds that training a drafter takes after a step; 0 for one that is not there."""
-    held = [line["drafters"][name] for run in runs for line in run if name in line["drafters"]]
-    return float(np.median([one["seconds"] for one in held])) if held else 0.0
-
-
 def _by_step(
     axes: Axes, index: int, runs: Sequence[Sequence[Mapping[str, Any]]], name: str, figure: str
 ) -> None:
@@ -155,11 +151,11 @@ def _line(axes: Axes, index: int, values: np.ndarray, label: str) -> None:
     window = np.ones(min(_SMOOTHING, values.shape[1]))
     smooth = np.array([np.convolve(run, window, "valid") / window.size for run in values])
     steps = np.arange(smooth.shape[1]) + (window.size - 1) / 2
-    look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
-    axes.plot(steps, smooth.mean(axis=0), label=label, **look)
+    colour, line = _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
+    axes.plot(steps, smooth.mean(axis=0), label=label, color=colour, linestyle=line)
     if len(values) > 1:
         bounds = smooth.min(axis=0), smooth.max(axis=0)
-        axes.fill_between(steps, *bounds, color=look["color"], alpha=0.1, linewidth=0)
+        axes.fill_between(steps, *bounds, color=colour, alpha=0.1, linewidth=0)
 
 
 def _by_position(
