@@ -93,24 +93,26 @@ def race_checkpoints(subject: Subject) -> dict[str, Any]:
     Whatever is written in the background has been written before the next rival begins.
     """
     state, keep = _first_state(subject), subject.config.checkpoint
-    assert state.carry.drafter is not None, "there is no drafter to save"
+    drafter = state.carry.drafter
+    assert drafter is not None, "there is no drafter to save"
     with tempfile.TemporaryDirectory(dir=subject.folder, prefix="saved_") as name:
         folder = pathlib.Path(name)
         with (
             contextlib.closing(Checkpoints(folder, keep)) as checkpoints,
             contextlib.closing(DrafterVersions(folder, keep)) as versions,
         ):
-            rivals = _savers(state, checkpoints, versions)
+            rivals = _savers(state, drafter, checkpoints, versions)
             found = _raced("checkpoints", rivals, subject.config.benchmark.repeats)
     for row in found["rivals"]:
-        saved = state.carry.drafter.params if row["rival"] == "selective" else state.arrays()
+        saved = drafter.params if row["rival"] == "selective" else state.arrays()
         row["megabytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(saved)) / 1e6
     return found
 
 
-def _savers(state: RunState, checkpoints: Checkpoints, versions: DrafterVersions) -> Rivals:
+def _savers(
+    state: RunState, drafter: DrafterState, checkpoints: Checkpoints, versions: DrafterVersions
+) -> Rivals:
     """Ways to save, each as `train` does it; they give the seconds until the caller goes on."""
-    assert state.carry.drafter is not None, "there is no drafter to save"
     arrays, steps = state.arrays(), itertools.count(1)
     record = {"controller": state.carry.controller.to_record()}
 
@@ -131,9 +133,7 @@ def _savers(state: RunState, checkpoints: Checkpoints, versions: DrafterVersions
     return {
         "synchronous": functools.partial(held_up, save_and_wait),
         "asynchronous": functools.partial(held_up, save_all),
-        "selective": functools.partial(
-            held_up, functools.partial(versions.save, state.carry.drafter)
-        ),
+        "selective": functools.partial(held_up, functools.partial(versions.save, drafter)),
     }
 
 

@@ -137,7 +137,7 @@ def _share_bars(
             told = f" {who}{values[name]:.3g} {unit}"
             axes.text(share, index + offset, told, va="center", fontsize=9)
     axes.set_yticks(range(len(ours)), list(ours))
-    axes.set_xlim(0, 1.35)
+    axes.set_xlim(0, 1.5)
     axes.invert_yaxis()
 
 
