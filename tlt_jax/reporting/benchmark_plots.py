@@ -134,7 +134,7 @@ def _share_bars(
         ):
             share = values[name] / next(iter(values.values()))
             axes.barh(index + offset, share, 0.36, color=colour)
-            told = f" {who}{values[name]:.3g} {unit}"
+            told = f" {who}{float(f'{values[name]:.3g}'):g} {unit}"  # three digits, no exponent
             axes.text(share, index + offset, told, va="center", fontsize=9)
     axes.set_yticks(range(len(ours)), list(ours))
     axes.set_xlim(0, 1.5)
