@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -86,8 +87,9 @@ def test_an_unknown_part_is_refused_before_anything_is_measured(run, tmp_path):
 
 
 def test_pictures_are_drawn(run):
+    pictured = "grid", "drafts", "memory", "trainer"
     names = {path.name for path in (run[1] / "plots").iterdir()}
-    assert names == {f"benchmark_{part}.png" for part in ("grid", "drafts", "memory")}
+    assert names == {f"benchmark_{part}.png" for part in pictured}
 
 
 @pytest.mark.parametrize("part", ["batch", "tail", "queue", "grid", "broken"])
@@ -153,7 +155,7 @@ def _subject(config):
     _, prompts = benchmark.setup.load_task(config)
     draft = benchmark.setup.initial_drafter(config)
     target = benchmark.setup.initial_policy(config)
-    return race.Subject(config, prompts, (2,), target, {"trained": draft}, "")
+    return race.Subject(config, prompts, (2,), target, {"trained": draft}, "", pathlib.Path())
 
 
 def _plain(config, **changes):

@@ -17,6 +17,8 @@ drafts    noise-shared against most likely drafts, coupled against rejection sam
 broken    what a drafter costs that suddenly consists of random numbers or of NaN
 memory    compiled programs for one strategy, for all, and for the likely ones in each bucket
           (table 5)
+trainer   what drafter training gains by packed rows, what a step loses by checkpoints, and what
+          stored features save (figure 17)
 """
 
 import dataclasses
@@ -37,6 +39,7 @@ from tlt_jax import (
     race,
     setup,
     step_price,
+    trainer_price,
     validation,
     weights,
 )
@@ -56,6 +59,8 @@ def told(finding: dict[str, Any]) -> str:
         return step_price.sentence(finding["step_price"])
     if "pools" in finding:
         return pool_price.table(finding["pools"])
+    if "rivals" in finding:
+        return trainer_price.table(finding)
     if "choice" in finding:
         return f"{race.table(finding)}\n{paces.sentences(finding['choice'])}"
     return race.table(finding)
@@ -79,7 +84,7 @@ def load_subject(config: RunConfig, workdir: pathlib.Path) -> Subject:
         "random": setup.initial_drafter(dataclasses.replace(config, warm_start_dir="")),
         "NaN": jax.tree.map(lambda x: x * np.nan, frozen),
     }
-    return Subject(config, prompts, (task.tokenizer.eos_id,), target, drafters, origin)
+    return Subject(config, prompts, (task.tokenizer.eos_id,), target, drafters, origin, workdir)
 
 
 def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
@@ -116,10 +121,12 @@ def benchmark(config: RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
 
 def lines(finding: dict[str, Any]) -> list[dict[str, Any]]:
     """A finding as lines of a table: what all modes of a race share, then what each has shown."""
-    shared = {key: finding[key] for key in ("batch", "rows", "temperature") if key in finding}
-    many = next(
-        finding[key] for key in ("modes", "profile", "pools", "step_price") if key in finding
+    common, kinds = (
+        ("batch", "rows", "temperature", "measured"),
+        ("modes", "profile", "pools", "step_price", "rivals"),
     )
+    shared = {key: finding[key] for key in common if key in finding}
+    many = next(finding[key] for key in kinds if key in finding)
     return [shared | _flat(one) for one in (many if isinstance(many, list) else [many])]
 
 

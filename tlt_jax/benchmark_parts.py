@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tlt_jax import paces, pool_price, profiling, step_price
+from tlt_jax import paces, pool_price, profiling, step_price, trainer_price
 from tlt_jax.config import RolloutConfig, RunConfig
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.race import Mode, Runner, Subject, make_runners, race, throughout
@@ -199,6 +199,11 @@ def memory(subject: Subject) -> Iterator[dict[str, Any]]:
     yield {"pools": pool_price.measure(subject)}
 
 
+def trainer(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Packing, checkpoints and stored features."""
+    yield from trainer_price.measure(subject)
+
+
 PARTS: dict[str, Callable[[Subject], Iterator[dict[str, Any]]]] = {
     "batch": batch,
     "tail": tail,
@@ -208,6 +213,7 @@ PARTS: dict[str, Callable[[Subject], Iterator[dict[str, Any]]]] = {
     "drafts": drafts,
     "broken": broken,
     "memory": memory,
+    "trainer": trainer,
 }
 """What can be measured. Each yields its findings one by one: races, or other tables."""
 

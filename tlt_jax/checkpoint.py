@@ -90,7 +90,11 @@ class Checkpoints:
         # A copy: donated buffers must belong to XLA, and restored ones may belong to the reader.
         return jax.tree.map(lambda x: x.copy(), restored.arrays), record
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is on disk; nothing can be saved afterwards."""
+        self.wait()
         self._manager.close()

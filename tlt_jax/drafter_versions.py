@@ -35,18 +35,19 @@ class DrafterVersions:
         Versions above it are removed: they are of a run that went on from an earlier checkpoint.
         Raises what went wrong with the one before.
         """
-        self._wait()
+        self.wait()
         if jax.process_index() != 0:
             return
         params = jax.tree.map(jnp.copy, state.params)
         self._writing = self._thread.submit(self._write, params, jnp.copy(state.version))
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._wait()
+        """Waits until everything is on disk; nothing can be saved afterwards."""
+        self.wait()
         self._thread.shutdown()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits until everything is on disk; raises what went wrong."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None

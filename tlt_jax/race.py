@@ -6,6 +6,7 @@ take turns, repeat after repeat, each beginning with another one.
 
 import collections
 import dataclasses
+import pathlib
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
@@ -47,6 +48,7 @@ class Subject:
     target: Any  # policy parameters
     drafters: Mapping[str, Any]  # parameters by name, see `Mode.drafter`
     origin: str  # of the weights
+    folder: pathlib.Path  # where what is written to be measured may be, until it is removed
 
 
 @dataclasses.dataclass(frozen=True)

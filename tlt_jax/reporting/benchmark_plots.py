@@ -108,10 +108,45 @@ def memory(findings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def trainer(findings: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held up by checkpoints, and training speed by packing; ours and the paper's as shares."""
+    figure = Figure(figsize=(11.5, 3.6))
+    left, right = figure.subplots(1, 2)
+    measured = {finding["measured"]: finding["rivals"] for finding in findings}
+    blocked = {row["rival"]: 1e3 * row["seconds"] for row in measured["checkpoints"]}
+    speeds = {row["rival"]: row["samples_per_second"] for row in measured["packing"]}
+    _share_bars(left, blocked, paper.FIGURE_17_HELD_UP_MS, "ms")
+    left.set(xlabel="share of a synchronous checkpoint of everything")
+    left.set_title("How long a step is held up by a checkpoint")
+    _share_bars(right, speeds, paper.FIGURE_17_SAMPLES_PER_SECOND, "samples/s")
+    right.set(xlabel="share of the speed with packed rows")
+    right.set_title("How fast the drafter trains")
+    return figure
+
+
+def _share_bars(
+    axes: Axes, ours: Mapping[str, float], theirs: Mapping[str, float], unit: str
+) -> None:
+    """Two bars for each name, each as a share of the first name's."""
+    for index, name in enumerate(ours):
+        for offset, who, values, colour in (
+            (-0.2, "", ours, _COLOURS[0]),
+            (0.2, "paper: ", theirs, "#BBBBBB"),
+        ):
+            share = values[name] / next(iter(values.values()))
+            axes.barh(index + offset, share, 0.36, color=colour)
+            told = f" {who}{float(f'{values[name]:.3g}'):g} {unit}"  # three digits, no exponent
+            axes.text(share, index + offset, told, va="center", fontsize=9)
+    axes.set_yticks(range(len(ours)), list(ours))
+    axes.set_xlim(0, 1.5)
+    axes.invert_yaxis()
+
+
 FIGURES: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
     "grid": grid,
     "drafts": drafts,
     "memory": memory,
+    "trainer": trainer,
 }
 """The picture of each part that has one."""
 
