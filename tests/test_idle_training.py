@@ -103,6 +103,13 @@ def _measured_roll(**options):
     return programs, lambda: toy_engine.roll(programs, MODELS, asked, **options)
 
 
+def _log_of(result):
+    return [
+        Choice(Strategy.parse(r.strategy), r.chosen, r.give_up_below, r.block)
+        for r in result.chunks
+    ]
+
+
 @pytest.fixture
 def steady_clock(monkeypatch):
     """A round takes a second, whatever the machine does and whoever trains beside it."""
@@ -156,9 +163,7 @@ def test_a_rollout_times_its_rounds_where_prices_are_measured(steady_clock):
 def test_measured_blocks_can_be_replayed():
     """What idle slices trained, to the bit, whatever the clocks say now."""
     first = _measured_roll(controller=FAST)[1]()
-    log = [
-        Choice(Strategy.parse(r.strategy), r.chosen, r.give_up_below, r.block) for r in first.chunks
-    ]
+    log = _log_of(first)
     assert len({choice.block for choice in log}) >= 2
     again = _measured_roll(replay=log)[1]()
     assert [record.block for record in again.chunks] == [record.block for record in first.chunks]
@@ -289,3 +294,24 @@ def test_one_slice_trains_between_steps_within_its_budget(share):
         assert int(result.carry.drafter.version) == bought
     if share == 0.5:
         assert versions >= 2
+
+
+def test_what_one_slice_trains_between_steps_can_be_measured_and_replayed(steady_clock):
+    """A microbatch is as long as half a round, so all rounds at a share of 0.5 buy one each."""
+    programs = toy_engine.measured("one slice")
+    budget = dataclasses.replace(programs.drafter, between_steps_budget=0.5)
+    programs = programs.having(drafter=budget)
+    models = toy_engine.random_policy(), toy_engine.random_drafter()
+    rounds = RoundTimes(8, "chain-2", (1.0,))
+    known = Controller(budget=Budget(rounds=(rounds,), microbatches=(0.5,)))
+    asked = toy_engine.prompts(8)
+    first = toy_engine.roll(programs, models, asked, controller=known)
+    *chunks, last = first.chunks
+    count = sum(record.rounds_run[0] for record in chunks)
+    assert last.block == Block(1, count) and last.microbatches == [count]
+    assert first.carry.controller.idle_credit == 0
+    again = toy_engine.roll(programs, models, asked, replay=_log_of(first))
+    assert [record.block for record in again.chunks] == [record.block for record in first.chunks]
+    jax.tree.map(np.testing.assert_array_equal, again.carry.drafter, first.carry.drafter)
+    untimed = toy_engine.roll(programs, models, asked)
+    assert [record.block for record in untimed.chunks] == [NO_BLOCK] * len(chunks)

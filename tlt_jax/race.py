@@ -200,7 +200,7 @@ def race(subject: Subject, runners: Sequence[Runner], min_tokens: int) -> dict[s
     rows = [mode_row(plain, tokens, [])]
     for runner in runners[1:]:
         runner.programs.warm_up(runner.target, *runner.beginning().arrays)
-        if runner.mode.training:
+        if runner.mode.training and not runner.config.drafter.rounds_per_microbatch:
             carry, _ = calibration.time_microbatch(
                 runner.programs, runner.target, runner.beginning()
             )
