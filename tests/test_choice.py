@@ -1,6 +1,7 @@
 """What the next chunk runs: by the bandit, a log, a threshold, another process; broken drafters."""
 
 import collections
+import dataclasses
 import functools
 import threading
 import time
@@ -14,6 +15,7 @@ import toy_engine
 from tlt_jax import bandit as bandit_lib
 from tlt_jax import choice
 from tlt_jax.bandit import WINDOW
+from tlt_jax.budget import NO_BLOCK, Block, Budget, RoundTimes
 from tlt_jax.choice import Choice
 from tlt_jax.controller import FRESH, Controller
 from tlt_jax.program_pool import Recipe
@@ -65,7 +67,7 @@ def test_times_of_chunks_beside_a_compiler_teach_nothing():
 
 def _log_of(result):
     return [
-        Choice(Strategy.parse(record.strategy), record.chosen, record.give_up_below)
+        Choice(Strategy.parse(record.strategy), record.chosen, record.give_up_below, record.block)
         for record in result.chunks
     ]
 
@@ -165,17 +167,48 @@ def test_a_chunk_that_gave_up_gives_up_again_when_it_is_replayed(steady_clock):
         assert [r.strategy for r in again.chunks] == [r.strategy for r in first.chunks]
 
 
+def _told_by_the_first_process(monkeypatch, *numbers):
+    """Two processes, of which the other one says these numbers; gives the list of what is said."""
+    told, said = np.array(numbers, np.float32), []
+    monkeypatch.setattr(choice.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        choice.multihost_utils, "broadcast_one_to_all", lambda own: (said.append(own), told)[1]
+    )
+    return told, said
+
+
 def test_the_first_process_decides(monkeypatch):
     """Which strategy, and when to give it up: what this process says itself does not count."""
-    told = np.array([1, 1.75], np.float32)
-    monkeypatch.setattr(choice.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(choice.multihost_utils, "broadcast_one_to_all", lambda said: told)
+    told, _ = _told_by_the_first_process(monkeypatch, 1, 1.75, 0, 0)
     programs = toy_engine.engine("bandit").having(epsilon=0.0)
-    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
+    given = {"rows": 4, "live": 4, "trains": False, "replay": None, "chunk": 0}
+    _, chosen = choice.choose(programs, FRESH, **given)
     assert (str(chosen.strategy), chosen.give_up_below) == ("chain-2", 1.75)
     told[0] = 0
-    _, chosen = choice.choose(programs, FRESH, rows=4, live=4, replay=None, chunk=0)
+    _, chosen = choice.choose(programs, FRESH, **given)
     assert str(chosen.strategy) == "plain"
+
+
+def test_the_first_process_decides_what_idle_slices_train(monkeypatch):
+    """With measured prices; of constants all processes know by themselves."""
+    measured = toy_engine.measured("main")
+    _, said = _told_by_the_first_process(monkeypatch, 0, 0.0, 3, 2)
+    given = {"rows": 1, "live": 1, "replay": None, "chunk": 0}
+    _, chosen = choice.choose(measured, KNOWING, trains=True, **given)
+    assert chosen.block == Block(3, 2) and chosen.kind.training
+    np.testing.assert_array_equal(said, [[0, 0.0, 2, 1]])  # what this process would have said
+    for programs, trains in ((measured, False), (toy_engine.engine("main"), True)):
+        _, chosen = choice.choose(programs, KNOWING, trains=trains, **given)
+        assert chosen.block == (Block(1, 1) if trains else NO_BLOCK)
+    credit = dataclasses.replace(KNOWING, idle_credit=5.5)
+    rounds = [(1, "chain-4", 3)]
+    after, chosen = choice.choose_between_steps(measured, credit, rounds, replay=None)
+    assert chosen.block == Block(3, 2) and after.idle_credit == pytest.approx(3.5 + 0.03 * 3 / 1.6)
+    np.testing.assert_array_equal(said[1:], [[0, 0.0, 1, 5]])
+
+
+# A microbatch takes as long as 1.6 rounds in the bucket of one row.
+KNOWING = Controller(budget=Budget(rounds=(RoundTimes(1, "chain-4", (0.5,)),), microbatches=(0.8,)))
 
 
 @pytest.mark.parametrize("threshold", [1, 2])

@@ -13,8 +13,9 @@ from toy_engine import DRAFTER, NEVER, SHAPE
 
 from tlt_jax import buffer as buffer_lib
 from tlt_jax import objectives, policy, row_programs, sampling, sharding, spot_training
+from tlt_jax.budget import Block
 from tlt_jax.buffer import Microbatch
-from tlt_jax.chunk import TRAINING_STREAM
+from tlt_jax.chunk import TRAINING_STREAM, ChunkKind
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.types import INVALID
 
@@ -50,10 +51,11 @@ def _run(programs, target, rows, *, rounds, training, state=None, buffer=None, *
     state = state or toy_engine.drafter_state(programs, toy_engine.random_drafter())
     buffer = buffer or toy_engine.buffers(programs)
     bucket = rows.tokens.shape[0] // SLICES
-    kind = programs.kind(bucket, programs.arms(bucket)[0], training=training)
+    kind = ChunkKind(programs.arms(bucket)[0], training=training)
     given = jax.tree.map(lambda x: x.copy(), (state, buffer, rows))
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    orders = programs.orders(kind.strategy, rounds=rounds, **({"index": 0} | orders))
+    given_orders = {"index": 0, "block": Block(PRICE, 1)} | orders
+    orders = programs.orders(kind.strategy, rounds=rounds, **given_orders)
     arguments = (target, given[0], given[1], None, sampler, orders, given[2])
     chunk = programs.chunk_program(kind, arguments)(*arguments)
     return chunk[0], chunk[1], chunk[3], chunk[4]
@@ -152,7 +154,7 @@ def test_ended_rows_are_stored_with_true_features_and_only_once(programs, target
     live = np.asarray(rows.live)
     assert live[[1, 4, 6]].all() and not live[[0, 2, 5, 7]].any()
     sampler = programs.sampler(jax.random.key(4), (NEVER,))
-    kind = programs.kind(ROWS, programs.arms(ROWS)[0], training=False)
+    kind = ChunkKind(programs.arms(ROWS)[0])
     orders = programs.orders(kind.strategy, rounds=9, index=1)
     assert buffer.segments.tolist() == [(~live[:4]).sum(), (~live[4:7]).sum()]
     arguments = (target, state_1, buffer, None, sampler, orders, rows)

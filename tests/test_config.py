@@ -172,6 +172,7 @@ def test_the_default_and_other_sound_configs_are_returned():
             rollout={"row_buckets": (16,), "strategies": ("plain",)},
             drafter={"rounds_per_microbatch": (3,)},
         ),
+        _changed(drafter={"rounds_per_microbatch": ()}),  # measured
     ):
         assert validation.validate(config) is config
 
@@ -251,7 +252,10 @@ IMPOSSIBLE = [
     ("config.learner.aggregation", {"learner": {"aggregation": "mean"}}),
     ("config.learner.decay", {"learner": {"decay": "exponential"}}),
     ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": (1, 2, 3, 0)}}),
-    ("config.drafter.rounds_per_microbatch", {"drafter": {"rounds_per_microbatch": (1, 2)}}),
+    (
+        "is (1, 2); it must hold 1 or more for each of the 5 row buckets, or nothing",
+        {"drafter": {"rounds_per_microbatch": (1, 2)}},
+    ),
     (
         "config.drafter.rounds_per_microbatch is 13 for 1 rows",
         {"rollout": {"chunk_tokens": 60}, "drafter": {"rounds_per_microbatch": (1, 2, 3, 4, 13)}},

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tlt_jax import bandit, dealing
+from tlt_jax import bandit, budget, dealing
 from tlt_jax.controller import FRESH, LOG_RANGE, Controller, calibrate
 from tlt_jax.types import Strategy
 
@@ -56,5 +56,9 @@ def test_estimates_come_to_what_is_measured(error):
 def test_a_record_is_json_and_comes_back():
     tried = bandit.update(bandit.UNTRIED, 4, Strategy(2), 9.5, accept_length=2.5)
     history = dealing.remember(dealing.NO_HISTORY, [(7, 30), (8, 12)])
-    state = Controller(0.25, (0.1, -0.3), tried, ("trained",), history)
+    timed = budget.time_rounds(
+        budget.UNTIMED, 4, Strategy(2), 0.5, rounds_run=[9, 3], microbatches=[0, 0]
+    )
+    timed = budget.time_microbatch(timed, 0.03)
+    state = Controller(0.25, (0.1, -0.3), tried, ("trained",), history, timed)
     assert Controller.from_record(json.loads(json.dumps(state.to_record()))) == state

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tlt_jax import metrics
+from tlt_jax.budget import NO_BLOCK
 from tlt_jax.rollout import ChunkRecord, Response
 
 PLAIN = ChunkRecord(
@@ -15,6 +16,7 @@ PLAIN = ChunkRecord(
     strategy="plain",
     chosen="only",
     give_up_below=0.0,
+    block=NO_BLOCK,
     rows=4,
     length=32,
     rounds=8,

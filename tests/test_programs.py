@@ -12,6 +12,7 @@ import pytest
 import toy_engine
 
 from tlt_jax import program_pool, sharding
+from tlt_jax.budget import Block
 from tlt_jax.controller import Controller
 from tlt_jax.program_pool import ProgramPool, Recipe, abstract
 from tlt_jax.types import Strategy
@@ -170,9 +171,10 @@ def test_sampler_and_orders_are_data_on_every_device():
     programs = toy_engine.engine("main").having(temperature=0.25)
     sampler = programs.sampler(jax.random.key(3), (2, 7))
     taught = Controller(log_sharpness=(0.0, 1.0, 2.0))
-    orders = programs.orders(Strategy(2), rounds=5, index=2, controller=taught)
+    orders = programs.orders(Strategy(2), rounds=5, index=2, controller=taught, block=Block(4, 3))
     assert float(sampler.params.temperature) == 0.25 and sampler.stop_tokens.tolist() == [2, 7]
     assert (int(orders.rounds), int(orders.index)) == (5, 2)
+    assert (int(orders.block), int(orders.microbatches)) == (4, 3)
     np.testing.assert_allclose(orders.sharpness, [1.0, np.exp(1.0)])
     for leaf in jax.tree.leaves((sampler, orders)):
         assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == 2

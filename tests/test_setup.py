@@ -1,5 +1,6 @@
 """What a run starts from."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 import toy_run
 
 from tlt_jax import setup, weights
+from tlt_jax.budget import NO_BLOCK, Block
 from tlt_jax.choice import Choice
 from tlt_jax.types import Strategy, UserError
 
@@ -29,12 +31,18 @@ def test_plain_decoding_needs_no_drafter(tmp_path):
 
 def test_a_log_of_decisions_is_read_by_step(tmp_path):
     path = tmp_path / "decisions.jsonl"
-    lines = [(0, "plain", 0.0), (0, "chain-2", 1.5), (1, "ngram-4", 1.25)]
-    fields = "step", "strategy", "give_up_below"
-    records = [dict(zip(fields, line, strict=True)) | {"chosen": "best"} for line in lines]
+    lines = [
+        (0, "plain", 0.0, NO_BLOCK),
+        (0, "chain-2", 1.5, Block(4, 3)),
+        (1, "ngram-4", 1.25, Block(2, 1)),
+    ]
+    fields = "step", "strategy", "give_up_below", "block"
+    records = [
+        dict(zip(fields, [*line[:-1], dataclasses.asdict(line[-1])], strict=True)) for line in lines
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     plain, chain, ngram = (
-        Choice(Strategy.parse(name), "replayed", below) for _, name, below in lines
+        Choice(Strategy.parse(name), "replayed", below, block) for _, name, below, block in lines
     )
     assert setup.load_replay(str(path)) == {0: [plain, chain], 1: [ngram]}
     assert setup.load_replay("") is None

@@ -34,7 +34,7 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]], np.in
 
 _steps = jax.jit(drafter.packed_steps, static_argnames=("config", "count", "steps"))
 _sample = jax.jit(buffer_lib.sample, static_argnames=("rows", "tokens"))
-_add_sample = jax.jit(spot_training.add_sample, static_argnames=("policy_config", "config"))
+_add_samples = jax.jit(spot_training.add_samples, static_argnames=("policy_config", "config"))
 _apply = jax.jit(spot_training.apply, static_argnames="tx")
 
 
@@ -90,18 +90,10 @@ def _filled(sequences, *lengths, first=0):
 
 def _accumulate(params, target, policy_config, buffer, key, count):
     """Sum of `count` microbatches, drawn by the key and their number."""
-    total = spot_training.zero_sum(params)
-    for index in range(count):
-        given = (
-            policy_config,
-            CONFIG,
-            SAMPLING,
-            buffer,
-            jax.random.fold_in(key, index),
-            jnp.bool_(True),
-        )
-        total, taken = _add_sample(total, params, target, *given)
-        assert int(taken) == (int(buffer.filled) > 0)
+    given = params, target, policy_config, CONFIG, SAMPLING, buffer, key
+    numbers = {"first": jnp.int32(0), "count": jnp.int32(count)}
+    total, taken = _add_samples(spot_training.zero_sum(params), *given, **numbers)
+    assert int(taken) == (count if int(buffer.filled) else 0)
     return total
 
 
@@ -223,8 +215,8 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
             spot_training.zero_sum(params),
             jax.random.fold_in(key, jax.lax.axis_index("slice")),
         )
-        for index in range(4):
-            own, _ = spot_training.add_sample(
+        for first in (0, 2):  # up to two at a time
+            own, _ = spot_training.add_samples(
                 own,
                 params,
                 target,
@@ -232,8 +224,9 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
                 CONFIG,
                 SAMPLING,
                 jax.tree.map(lambda x: x[0], buffer),
-                jax.random.fold_in(own_key, index),
-                index < count[0],
+                own_key,
+                first=jnp.int32(first),
+                count=jnp.clip(count[0] - first, 0, 2),
             )
         return jax.lax.psum(own, "slice")
 

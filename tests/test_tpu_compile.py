@@ -129,7 +129,7 @@ def _prefill(mesh, config, length):
 
 
 def _chunk(mesh, config, drafter_config, *, training, strategy=CHAIN):
-    kind = ChunkKind(strategy, block=4 if training else 0)
+    kind = ChunkKind(strategy, training=training)
     return chunk.chunk_program(mesh, config, drafter_config, kind, keep_features=True)
 
 
@@ -161,7 +161,14 @@ def _shapes(mesh, config, drafter_config, *, rows, length, prompt):
             whole,
         ),
         orders=_evaluated(
-            lambda: ChunkOrders(jnp.int32(0), jnp.int32(0), jnp.ones(CHAIN.depth), jnp.float32(0)),
+            lambda: ChunkOrders(
+                jnp.int32(0),
+                jnp.int32(0),
+                jnp.ones(CHAIN.depth),
+                jnp.float32(0),
+                block=jnp.int32(4),
+                microbatches=jnp.int32(1),
+            ),
             whole,
         ),
         rows=_evaluated(

@@ -199,6 +199,21 @@ def test_a_killed_process_is_resumed_by_the_same_command(
     _assert_same_run(workdir, state.with_arrays(**arrays), unbroken)
 
 
+def test_measured_prices_are_kept_and_can_be_replayed(config, compile_cache, tmp_path):
+    """The checkpoint holds the times; replayed from its log a run ends alike, to the bit."""
+    short = toy_run.changed(config, num_steps=4, drafter={"rounds_per_microbatch": ()})
+    train.train(dataclasses.replace(short, num_steps=2), tmp_path / "first")
+    ended = train.train(short, tmp_path / "first")
+    budget = ended.carry.controller.budget
+    assert len(budget.microbatches) == 2 and budget.rounds  # timed at both starts
+    log = tmp_path / "first" / "decisions.jsonl"
+    blocks = [record["block"] for record in read_jsonl(log)]
+    assert {"rounds": 4, "microbatches": 1} in blocks  # a whole chunk, before prices are known
+    again = train.train(dataclasses.replace(short, replay=str(log)), tmp_path / "again")
+    assert [r["block"] for r in read_jsonl(tmp_path / "again" / "decisions.jsonl")] == blocks
+    jax.tree.map(np.testing.assert_array_equal, again.arrays(), ended.arrays())
+
+
 def test_a_damaged_checkpoint_is_told_and_can_be_removed(unbroken, config, compile_cache, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)

@@ -298,6 +298,12 @@ def engine(name):
     return dataclasses.replace(made, warmed_up=made.pool.compiled)
 
 
+def measured(name):
+    """An engine with its programs and no constant prices of microbatches."""
+    programs = engine(name)
+    return programs.having(drafter=dataclasses.replace(programs.drafter, rounds_per_microbatch=()))
+
+
 def place(programs, params):
     """Policy parameters in rollout layout, copied: what a rollout donates is never the test's."""
     specs = policy.param_specs(programs.policy)

@@ -1,6 +1,6 @@
-"""How long a drafter microbatch takes, measured once per run for the reports.
+"""How long a drafter microbatch takes, measured once in a process.
 
-Nothing is decided from it: an idle slice's microbatches are priced in rounds, by configuration.
+For the reports; and for the price of a microbatch, where that is not configured (`budget`).
 """
 
 import dataclasses
@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlt_jax import budget as budget_lib
 from tlt_jax import sharding
+from tlt_jax.budget import Block
 from tlt_jax.buffer import DrafterBuffer
+from tlt_jax.chunk import ChunkKind
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
+from tlt_jax.rollout import Carry
 from tlt_jax.speculation import RolloutState
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import INVALID
@@ -38,6 +42,18 @@ def synthetic_rows(programs: RolloutPrograms, target: Any, *, live: bool) -> Rol
     return programs.prefill(target, jax.device_put(batch, sharding.per_slice(programs.mesh)))
 
 
+def time_microbatch(programs: RolloutPrograms, target: Any, carry: Carry) -> tuple[Carry, float]:
+    """Seconds of a microbatch, 0 without any, and a carry that knows them if they are prices."""
+    if carry.drafter is None or carry.buffer is None:
+        return carry, 0.0
+    seconds = microbatch_seconds(programs, target, carry.drafter, carry.buffer, carry.library)
+    if programs.drafter.rounds_per_microbatch:
+        return carry, seconds
+    budget = budget_lib.time_microbatch(carry.controller.budget, seconds)
+    controller = dataclasses.replace(carry.controller, budget=budget)
+    return dataclasses.replace(carry, controller=controller), seconds
+
+
 def microbatch_seconds(
     programs: RolloutPrograms,
     target: Any,
@@ -53,11 +69,12 @@ def microbatch_seconds(
     rows = programs.compact(synthetic_rows(programs, target, live=False), 0)
     sampler = programs.sampler(jax.random.key(0), (0,))
     bucket = rows.tokens.shape[0] // programs.slices
-    kind = programs.kind(bucket, programs.arms(bucket)[0], training=True)
+    kind = ChunkKind(programs.arms(bucket)[0], training=True)
     buffer = dataclasses.replace(buffer, filled=jnp.ones_like(buffer.filled))
 
     def timed(microbatches: int) -> float:
-        orders = programs.orders(kind.strategy, rounds=microbatches * kind.block, index=0)
+        block = Block(rounds=1, microbatches=microbatches)
+        orders = programs.orders(kind.strategy, rounds=1, index=0, block=block)
         copied = jax.tree.map(lambda x: x.copy(), (state, buffer, library, rows))
         arguments = (target, *copied[:3], sampler, orders, copied[3])
         program = programs.chunk_program(kind, jax.block_until_ready(arguments))

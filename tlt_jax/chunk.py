@@ -2,8 +2,9 @@
 
 It is a `shard_map`, manual over `slice` and automatic over `tensor`: inside, arrays are those of
 one slice. In a chunk with training, rounds come in blocks: while slices with live rows run a block,
-one with none takes a drafter microbatch, which costs about as much. After each block the slices see
-whether anything is decoded anywhere, so training ends with the tail, in the middle of a chunk too.
+one with none takes drafter microbatches that last no longer (`budget`). After each block the slices
+see whether anything is decoded anywhere, so training ends with the tail, in the middle of a chunk
+too.
 """
 
 import dataclasses
@@ -42,12 +43,7 @@ class ChunkKind:
     """What a chunk program is compiled for, its array shapes aside."""
 
     strategy: Strategy
-    block: int = 0  # rounds in which an idle slice takes a microbatch; 0: idle slices rest
-
-    @property
-    def training(self) -> bool:
-        """Whether idle slices train and an update follows."""
-        return self.block > 0
+    training: bool = False  # whether idle slices train and an update follows
 
 
 @struct.dataclass
@@ -58,6 +54,8 @@ class ChunkOrders:
     index: jax.Array  # [] int32, of the chunk in its rollout; varies the microbatch draws
     sharpness: jax.Array  # [d] float32, one for each draft depth, see `trees`
     give_up_below: jax.Array  # [] float32, accept length; see `speculation.run_rounds`
+    block: jax.Array  # [] int32, rounds of a block; 1 or more where idle slices train
+    microbatches: jax.Array  # [] int32, that an idle slice takes in a block
 
 
 @struct.dataclass
@@ -150,7 +148,7 @@ def _chunk(
         train = functools.partial(
             _train, state.params, target, config, drafter_config, sampler.params, key
         )
-        work = run_blocks(roll, train, kind.block, orders.rounds, work)
+        work = run_blocks(roll, train, orders, work)
         assert work.total is not None
         state, loss = _update(drafter_config, state, work.total)
     else:
@@ -196,22 +194,24 @@ class SliceWork:
 def run_blocks(
     roll: Callable[[SliceWork, jax.Array], SliceWork],
     train: Callable[[SliceWork, jax.Array, jax.Array], SliceWork],
-    block: int,
-    rounds: jax.Array,
+    orders: ChunkOrders,
     work: SliceWork,
 ) -> SliceWork:
-    """Blocks of rounds; a slice with nothing live when a block begins trains in it.
+    """Blocks of rounds; a slice with nothing live trains as long as the others decode.
 
-    Ends when `rounds` rounds are over or no slice has live rows that it still decodes: it may have
+    If its last row ends within a block, it takes the share of the block's microbatches that the
+    rounds left are of the block: none of a single one. What is left of a chunk over a whole number
+    of blocks is without training.
+
+    Ends when all rounds are over or no slice has live rows that it still decodes: it may have
     given up on them for this chunk. Only a chunk in which nothing was live to begin with, for
     training between steps, takes all its blocks.
 
     Args:
       roll: `(work, rounds)`, runs until that many rounds have been run, nothing is live, or
         drafting is of no use.
-      train: `(work, index of the block, wanted [] bool)`, takes a microbatch if it is wanted.
-      block: rounds of a block.
-      rounds: [] int32; what is left over a whole number of blocks is without training.
+      train: `(work, first, count)`, both [] int32, takes microbatches `first`, `first` + 1, ...
+      orders: rounds of the chunk and of a block, and a block's microbatches.
       work: the slice's state.
     """
 
@@ -223,16 +223,19 @@ def run_blocks(
 
     def more(carry: tuple[jax.Array, jax.Array, SliceWork]) -> jax.Array:
         index, wanted, _ = carry
-        return wanted & (index * block < rounds)
+        return wanted & (index * orders.block < orders.rounds)
 
     def body(
         carry: tuple[jax.Array, jax.Array, SliceWork],
     ) -> tuple[jax.Array, jax.Array, SliceWork]:
         index, _, work = carry
-        idle, end = ~jnp.any(work.rows.live), (index + 1) * block
-        due = jnp.minimum(end, rounds)
+        start, end = index * orders.block, (index + 1) * orders.block
+        due = jnp.minimum(end, orders.rounds)
         work = roll(work, due)
-        work = train(work, index, idle & (end <= rounds))
+        left = end - jnp.maximum(work.stats.rounds, start)
+        trains = ~jnp.any(work.rows.live) & (end <= orders.rounds)
+        count = jnp.where(trains, left * orders.microbatches // orders.block, 0)
+        work = train(work, index * orders.microbatches, count)
         return index + 1, training_only | decodes_somewhere(work, due), work
 
     return jax.lax.while_loop(more, body, (jnp.int32(0), jnp.bool_(True), work))[2]
@@ -265,14 +268,14 @@ def _train(
     sampling_params: SamplingParams,
     key: jax.Array,
     work: SliceWork,
-    block: jax.Array,
-    wanted: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
 ) -> SliceWork:
-    """A microbatch from the slice's own buffer, if it is wanted and there is anything in it."""
+    """Microbatches from the slice's own buffer, if there is anything in it."""
     assert work.total is not None and work.buffer is not None, "this chunk does not train"
-    key = jax.random.fold_in(jax.random.fold_in(key, jax.lax.axis_index(SLICE)), block)
+    key = jax.random.fold_in(key, jax.lax.axis_index(SLICE))
     with jax.named_scope("spot_training"):
-        total, taken = spot_training.add_sample(
+        total, taken = spot_training.add_samples(
             work.total,
             params,
             target,
@@ -281,7 +284,8 @@ def _train(
             sampling_params,
             work.buffer,
             key,
-            wanted,
+            first=first,
+            count=count,
         )
     return dataclasses.replace(work, total=total, microbatches=work.microbatches + taken)
 

@@ -194,7 +194,8 @@ class DrafterConfig:
     worth more rounds.
     `rounds_per_microbatch` is its price in each row bucket: an idle slice takes one while the
     others run that many rounds. These are constants, not clock readings, so that a run repeated
-    from the same seed gives the same bits. `between_steps_budget` applies with one slice, which is
+    from the same seed gives the same bits. () has prices measured as the run goes (`budget`), for
+    any policy on any machine. `between_steps_budget` applies with one slice, which is
     never idle: the share of a step's rounds spent on training after the rollout.
     """
 
@@ -326,7 +327,7 @@ class RunConfig:
     """Everything a command line needs.
 
     `warm_start_dir` "" starts from random parameters. `replay` is the `decisions.jsonl` of a run
-    whose choices of strategies are made again, "" chooses anew.
+    whose choices (strategies, and what idle slices train) are made again, "" chooses anew.
     """
 
     seed: int = 0

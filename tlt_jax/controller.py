@@ -1,7 +1,7 @@
 """What the rollout engine learns from one chunk and uses in the next: host side, plain numbers.
 
-A checkpoint holds it. All but the bandit's rewards follows from what the device reports and never
-from a clock, so all processes keep the same state.
+A checkpoint holds it. All but the bandit's rewards, the budget's times and the credit that they buy
+follows from what the device reports and never from a clock, so all processes keep the same state.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tlt_jax.bandit import UNTRIED, Bandit
+from tlt_jax.budget import UNTIMED, Budget
 from tlt_jax.dealing import NO_HISTORY, LengthHistory
 
 RATE = 2.0
@@ -28,7 +29,8 @@ class Controller:
     `log_sharpness` says for each draft depth by what factor (its logarithm) noisy logits are
     multiplied in the estimated acceptance (`trees`); depths beyond its end have 0. `bandit` chooses
     strategies. `broken` are the drafters whose drafts were hardly accepted when they drafted last.
-    `history` are response lengths, by which prompts are dealt to slices.
+    `history` are response lengths, by which prompts are dealt to slices. `budget` are the times
+    that price microbatches, where no constants do.
     """
 
     idle_credit: float = 0.0
@@ -36,6 +38,7 @@ class Controller:
     bandit: Bandit = UNTRIED
     broken: tuple[str, ...] = ()
     history: LengthHistory = NO_HISTORY
+    budget: Budget = UNTIMED
 
     def sharpness(self, depths: int) -> list[float]:
         """The factor at draft depth 1 .. `depths`."""
@@ -50,6 +53,7 @@ class Controller:
             "bandit": self.bandit.to_record(),
             "broken": list(self.broken),
             "history": self.history.to_record(),
+            "budget": self.budget.to_record(),
         }
 
     @classmethod
@@ -61,6 +65,7 @@ class Controller:
             Bandit.from_record(record["bandit"]),
             tuple(record["broken"]),
             LengthHistory.from_record(record["history"]),
+            Budget.from_record(record["budget"]),
         )
 
 

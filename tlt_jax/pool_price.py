@@ -25,6 +25,7 @@ import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
+from tlt_jax.chunk import ChunkKind
 from tlt_jax.program_pool import ProgramPool
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.race import Mode, Runner, Subject, make_runner, throughout
@@ -116,7 +117,7 @@ def _prices(runner: Runner, wanted: list[Place]) -> dict[Place, Price]:
 def _compile(runner: Runner, arrays: tuple[Any, ...], place: Place) -> tuple[int, int, float]:
     """Code and scratch bytes of a program, and seconds of compiling it."""
     programs = runner.programs
-    kind = programs.kind(place.rows, place.strategy, training=False)
+    kind = ChunkKind(place.strategy)
     held = runner.target, *arrays
     arguments = programs.chunk_shapes(kind, place.rows, place.length, held)
     lowered = programs.lowered_chunk(kind, arguments)

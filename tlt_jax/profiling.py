@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from tlt_jax.calibration import synthetic_rows
+from tlt_jax.chunk import ChunkKind
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.spot_training import DrafterState
 
@@ -115,7 +116,7 @@ def round_profile(
     rows, found = synthetic_rows(programs, target, live=True), []
     for bucket in programs.buckets:
         rows = programs.compact(rows, bucket)
-        kind = programs.kind(bucket, programs.arms(bucket)[0], training=False)
+        kind = ChunkKind(programs.arms(bucket)[0])
         room = config.length_buckets[0] - config.max_prompt_length - config.slack
         rounds = min(config.chunk_tokens, room) // kind.strategy.most_committed
         orders = programs.orders(kind.strategy, rounds=rounds, index=0)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from tlt_jax import chunk, ngram, row_programs, sampling, sharding
 from tlt_jax.bandit import CostModel
+from tlt_jax.budget import NO_BLOCK, Block
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.chunk import ChunkKind, ChunkOrders
 from tlt_jax.config import DrafterConfig, PolicyConfig, RolloutConfig
@@ -80,13 +81,10 @@ class RolloutPrograms:
         """What rounds are believed to cost before any was timed."""
         return CostModel(self.policy.num_layers, self.rollout.free_tokens)
 
-    def kind(self, rows: int, strategy: Strategy, *, training: bool) -> ChunkKind:
-        """Kind of chunk in the bucket of `rows` rows per slice."""
-        return ChunkKind(strategy, block=self.price(rows) if training else 0)
-
-    def price(self, rows: int) -> int:
-        """Rounds in this bucket that a drafter microbatch costs an idle slice."""
-        return self.drafter.rounds_per_microbatch[self.rollout.row_buckets.index(rows)]
+    def price(self, rows: int) -> int | None:
+        """Rounds in this bucket that a drafter microbatch costs; None where it is measured."""
+        prices = self.drafter.rounds_per_microbatch
+        return prices[self.rollout.row_buckets.index(rows)] if prices else None
 
     def sampler(self, key: jax.Array, stop_tokens: tuple[int, ...]) -> Sampler:
         """A step's sampler: key, temperature, filters and stop tokens as device data."""
@@ -107,12 +105,20 @@ class RolloutPrograms:
         index: int,
         controller: Controller = FRESH,
         give_up_below: float = 0.0,
+        block: Block = NO_BLOCK,
     ) -> ChunkOrders:
         """Orders for one chunk of a strategy as device data."""
         known = FRESH if strategy.ngram else controller  # shares of votes are left as they are
         sharpness = np.asarray(known.sharpness(strategy.depth), np.float32)
-        numbers = np.int32(rounds), np.int32(index), sharpness, np.float32(give_up_below)
-        return ChunkOrders(*jax.device_put(numbers, sharding.replicated(self.mesh)))
+        numbers = {
+            "rounds": np.int32(rounds),
+            "index": np.int32(index),
+            "sharpness": sharpness,
+            "give_up_below": np.float32(give_up_below),
+            "block": np.int32(block.rounds),
+            "microbatches": np.int32(block.microbatches),
+        }
+        return ChunkOrders(**jax.device_put(numbers, sharding.replicated(self.mesh)))
 
     def empty_library(self) -> Library | None:
         """A library for the n-gram drafter; None if no strategy uses one."""
@@ -202,9 +208,7 @@ class RolloutPrograms:
     def _kinds(self, rows: int) -> list[ChunkKind]:
         trainings = (False, True) if self.training else (False,)
         return [
-            self.kind(rows, arm, training=training)
-            for arm in self.arms(rows)
-            for training in trainings
+            ChunkKind(arm, training=training) for arm in self.arms(rows) for training in trainings
         ]
 
     def _prefill(self, target: Any, batch: tuple[Any, ...]) -> Recipe:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from tlt_jax import (
+    calibration,
     chunk,
     comparison,
     metrics,
@@ -201,6 +202,11 @@ def race(subject: Subject, runners: Sequence[Runner], min_tokens: int) -> dict[s
     rows = [mode_row(plain, tokens, [])]
     for runner in runners[1:]:
         runner.programs.warm_up(runner.target, *runner.beginning().arrays)
+        if runner.mode.training and not runner.config.drafter.rounds_per_microbatch:
+            carry, _ = calibration.time_microbatch(
+                runner.programs, runner.target, runner.beginning()
+            )
+            runner.controller = carry.controller
         rows.append(compare(subject, runner, batches, expected))
         print(f"  {runner.mode.name}: {rows[-1]['mismatches']} mismatches", flush=True)
         if not any(runner.programs.pool is pool for pool in kept):

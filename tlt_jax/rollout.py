@@ -1,9 +1,9 @@
 """The rollout engine: the host side of generating one batch of responses.
 
 Chunk after chunk it looks at a few numbers, picks rows and length buckets, strategy, rounds and
-whether idle slices train, and launches one compiled program. What it decides follows from token
+what idle slices train, and launches one compiled program. What it decides follows from token
 counts, so all processes decide alike and a run can be repeated; only where a bucket has several
-strategies a clock has a say, and then the first process decides for all.
+strategies, or microbatches no constant price, a clock has a say (`choice`).
 """
 
 import dataclasses
@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from tlt_jax import bandit as bandit_lib
+from tlt_jax import budget as budget_lib
 from tlt_jax import dealing, seating, sharding
+from tlt_jax.budget import Block
 from tlt_jax.buffer import DrafterBuffer
 from tlt_jax.canary import GoodDrafter
-from tlt_jax.choice import Choice, choose
-from tlt_jax.chunk import ChunkKind, ChunkReport
+from tlt_jax.choice import Choice, choose, choose_between_steps
+from tlt_jax.chunk import ChunkReport
 from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
@@ -61,6 +63,7 @@ class ChunkRecord:
     strategy: str
     chosen: str  # why, see `choice.Choice`
     give_up_below: float  # accept length at which the chunk was to end early
+    block: Block  # what an idle slice was to train
     rows: int  # per slice
     length: int
     rounds: int  # asked for
@@ -186,21 +189,20 @@ def _next_chunk(programs: RolloutPrograms, flight: _Flight) -> list[Response]:
         programs, flight.target, flight.carry.drafter, flight.queue, flight.seats
     )
     rows, live = flight.seats.bucket, flight.seats.live_by_slice
+    nearly_idle = programs.slices > 1 and live.min() <= NEARLY_IDLE_ROWS
     flight.controller, choice = choose(
         programs,
         flight.controller,
         rows=rows,
         live=int(live.max()),
+        trains=bool(programs.training and nearly_idle),
         replay=flight.replay,
         chunk=len(flight.chunks),
     )
     while (rounds := _room(programs, flight.seats, choice.strategy)) == 0:
         flight.seats = seating.grow(programs, flight.seats)
-    nearly_idle = programs.slices > 1 and live.min() <= NEARLY_IDLE_ROWS
-    training = bool(programs.training and nearly_idle)
-    kind = programs.kind(rows, choice.strategy, training=training)
     was_live = flight.seats.live
-    flight.chunks.append(_launch(programs, flight, kind, rounds, choice))
+    flight.chunks.append(_launch(programs, flight, choice, rounds))
     return _harvest(flight, was_live & ~flight.seats.live)
 
 
@@ -217,18 +219,17 @@ def _room(programs: RolloutPrograms, seats: Seats, strategy: Strategy) -> int:
     return 0 if room < math.ceil(wanted / 2) else min(room, wanted)
 
 
-def _launch(
-    programs: RolloutPrograms, flight: _Flight, kind: ChunkKind, rounds: int, choice: Choice
-) -> ChunkRecord:
+def _launch(programs: RolloutPrograms, flight: _Flight, choice: Choice, rounds: int) -> ChunkRecord:
     """Runs a chunk program, updates the flight, and records what happened."""
     before, carry = flight.seats.live_by_slice, flight.carry
-    index = len(flight.chunks)
+    index, kind = len(flight.chunks), choice.kind
     orders = programs.orders(
         kind.strategy,
         rounds=rounds,
         index=index,
         controller=flight.controller,
         give_up_below=choice.give_up_below,
+        block=choice.block,
     )
     arguments = (flight.target, *carry.arrays, flight.sampler, orders, flight.seats.rows)
     program = programs.chunk_program(kind, arguments)
@@ -246,6 +247,7 @@ def _launch(
         strategy=str(kind.strategy),
         chosen=choice.why,
         give_up_below=choice.give_up_below,
+        block=choice.block,
         rows=flight.seats.bucket,
         length=flight.seats.length,
         rounds=rounds,
@@ -273,12 +275,24 @@ def _taught(
 ) -> Controller:
     """What a chunk teaches: how good the estimates of trees are, how fast its strategy is.
 
+    How long its rounds are counts where microbatches are priced by it.
+
     `gave_up` says that it ended early because hardly a draft was accepted. Its time counts if it
     was `timed`: not while programs are compiled on the same cores.
     """
     rounds = sum(record.row_rounds)
     if not strategy.is_chain and not strategy.ngram:
         controller = calibrate(controller, rounds, record.accepted, record.expected)
+    if timed and rounds and programs.training and programs.price(record.rows) is None:
+        budget = budget_lib.time_rounds(
+            controller.budget,
+            record.rows,
+            strategy,
+            record.seconds,
+            rounds_run=record.rounds_run,
+            microbatches=record.microbatches,
+        )
+        controller = dataclasses.replace(controller, budget=budget)
     if rounds == 0 or len(programs.arms(record.rows)) == 1:
         return controller
     if timed:
@@ -342,19 +356,13 @@ def _harvest(flight: _Flight, ended: np.ndarray) -> list[Response]:
 def _train_between_steps(programs: RolloutPrograms, flight: _Flight) -> None:
     """One slice is never idle: it trains after the rollout, for a share of its rounds.
 
-    The chunk program serves here too: all rows have ended, so every block is a microbatch. What
-    does not buy a whole one is saved up.
+    The chunk program serves here too: all rows have ended, so its one block is microbatches alone.
     """
-    share = programs.drafter.between_steps_budget
-    credit = flight.controller.idle_credit + share * sum(
-        record.rounds_run[0] / programs.price(record.rows) for record in flight.chunks
+    flight.controller, choice = choose_between_steps(
+        programs,
+        flight.controller,
+        [(record.rows, record.strategy, record.rounds_run[0]) for record in flight.chunks],
+        replay=flight.replay,
     )
-    microbatches = math.floor(credit)
-    flight.controller = dataclasses.replace(flight.controller, idle_credit=credit - microbatches)
-    if microbatches == 0:
-        return
-    rows = flight.seats.bucket
-    choice = Choice(programs.arms(rows)[0], "only")
-    kind = programs.kind(rows, choice.strategy, training=True)
-    rounds = microbatches * kind.block
-    flight.chunks.append(_launch(programs, flight, kind, rounds, choice))
+    if choice.block.microbatches > 0:
+        flight.chunks.append(_launch(programs, flight, choice, rounds=choice.block.rounds))

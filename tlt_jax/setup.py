@@ -25,6 +25,7 @@ from tlt_jax import (
     spot_training,
     weights,
 )
+from tlt_jax.budget import Block
 from tlt_jax.choice import Choice
 from tlt_jax.config import RunConfig
 from tlt_jax.programs import RolloutPrograms
@@ -108,13 +109,13 @@ def load_replay(path: str) -> dict[int, list[Choice]] | None:
         return None
     log: dict[int, list[Choice]] = collections.defaultdict(list)
     for record in read_jsonl(path):
-        if not {"step", "strategy", "give_up_below"} <= record.keys():
+        if not {"step", "strategy", "give_up_below", "block"} <= record.keys():
             raise UserError(
                 f"config.replay={path} is no log of decisions; give the decisions.jsonl of a run."
             )
         strategy = Strategy.parse(record["strategy"])
-        choice = Choice(strategy, "replayed", record["give_up_below"])
-        log[record["step"]].append(choice)
+        block = Block(**record["block"])
+        log[record["step"]].append(Choice(strategy, "replayed", record["give_up_below"], block))
     return dict(log)
 
 
@@ -198,20 +199,20 @@ def order_programs(machinery: Machinery, state: RunState) -> None:
     _warm_up_small_operations(machinery)
 
 
-def microbatch_seconds(machinery: Machinery, state: RunState) -> float:
-    """Seconds of a drafter microbatch, measured when all programs are compiled; 0 without any."""
-    began, programs, carry = time.monotonic(), machinery.programs, state.carry
+def time_microbatch(machinery: Machinery, state: RunState) -> tuple[RunState, float]:
+    """Seconds of a drafter microbatch, measured when all programs are compiled; 0 without any.
+
+    Where microbatches are priced by it, the state knows it from then on.
+    """
+    began, programs = time.monotonic(), machinery.programs
     programs.pool.wait()
     print(
         f"compiled {programs.pool.compiled} programs, after waiting "
         f"{time.monotonic() - began:.0f}s for the last ones",
         flush=True,
     )
-    if carry.drafter is None or carry.buffer is None:
-        return 0.0
-    return calibration.microbatch_seconds(
-        programs, state.rollout_params, carry.drafter, carry.buffer, carry.library
-    )
+    carry, seconds = calibration.time_microbatch(programs, state.rollout_params, state.carry)
+    return dataclasses.replace(state, carry=carry), seconds
 
 
 def _warm_up_small_operations(machinery: Machinery) -> None:

@@ -83,7 +83,7 @@ def add_microbatch(
     )
 
 
-def add_sample(
+def add_samples(
     total: GradientSum,
     params: Any,
     target_params: Any,
@@ -92,22 +92,26 @@ def add_sample(
     sampling_params: SamplingParams,
     buffer: DrafterBuffer,
     key: jax.Array,
-    wanted: jax.Array,
+    *,
+    first: jax.Array,
+    count: jax.Array,
 ) -> tuple[GradientSum, jax.Array]:
-    """Adds a random microbatch of one slice's buffer if it is wanted ([] bool) and there is one.
+    """Adds random microbatches of one slice's buffer, `count` ([] int32) of them if it holds any.
 
-    Returns the sum and how many microbatches were added, [] int32.
+    Each is drawn by the key and its number, `first` ([] int32), `first` + 1, ... Returns the sum
+    and how many microbatches were added, [] int32.
     """
-    wanted = wanted & (buffer.filled > 0)
+    count = jnp.where(buffer.filled > 0, count, 0)
 
-    def add(total: GradientSum) -> GradientSum:
+    def add(index: jax.Array, total: GradientSum) -> GradientSum:
         rows, tokens = config.microbatch_rows, config.microbatch_tokens
-        microbatch = sample(buffer, key, rows=rows, tokens=tokens)
+        own = jax.random.fold_in(key, first + index)
+        microbatch = sample(buffer, own, rows=rows, tokens=tokens)
         return add_microbatch(
             total, params, target_params, policy_config, config, sampling_params, microbatch
         )
 
-    return jax.lax.cond(wanted, add, lambda total: total, total), wanted.astype(jnp.int32)
+    return jax.lax.fori_loop(0, count, add, total), count
 
 
 def apply(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from tlt_jax import metrics, setup
+from tlt_jax.budget import Budget
 from tlt_jax.config import RunConfig
 from tlt_jax.rl_step import Machinery, RunState, rl_step
 from tlt_jax.rollout import ChunkRecord
@@ -74,11 +75,14 @@ def make_side(config: RunConfig, policy_params: Any, drafter_params: Any, *, tra
     )
     state = setup.first_state(machinery, policy_params, drafter_params)
     setup.order_programs(machinery, state)
-    return Side(machinery, state, setup.microbatch_seconds(machinery, state))
+    return Side(machinery, *setup.time_microbatch(machinery, state))
 
 
 def take_turns(sides: list[Side], *, first: int) -> list[RunState]:
-    """`STEPS` steps of both sides, step by step; keeps their seconds, returns their last states."""
+    """`STEPS` steps of both sides, step by step; keeps their seconds, returns their last states.
+
+    What they have taught about times is known when a side begins again.
+    """
     states = [_copy(side.first) for side in sides]
     totals, rollouts = [0.0, 0.0], [0.0, 0.0]
     for _ in range(STEPS):
@@ -89,10 +93,16 @@ def take_turns(sides: list[Side], *, first: int) -> list[RunState]:
             rollouts[place] += outcome.row["seconds"]["rollout"]
             states[place] = outcome.state
             sides[place].chunks += outcome.chunks
-    for side, total, rollout in zip(sides, totals, rollouts, strict=True):
+    for side, state, total, rollout in zip(sides, states, totals, rollouts, strict=True):
+        side.first = _knowing(side.first, state.carry.controller.budget)
         side.seconds.append(total)
         side.rollout_seconds.append(rollout)
     return states
+
+
+def _knowing(state: RunState, budget: Budget) -> RunState:
+    controller = dataclasses.replace(state.carry.controller, budget=budget)
+    return dataclasses.replace(state, carry=dataclasses.replace(state.carry, controller=controller))
 
 
 def _copy(state: RunState) -> RunState:

@@ -94,7 +94,7 @@ def take_steps(
         outcome = rl_step(machinery, state)
         state, now = outcome.state, time.monotonic()
         if microbatch_seconds is None:
-            microbatch_seconds = setup.microbatch_seconds(machinery, state)
+            state, microbatch_seconds = setup.time_microbatch(machinery, state)
         log.write(
             outcome,
             num_steps=config.num_steps,

@@ -245,11 +245,11 @@ def _validate_training(config: RunConfig) -> None:
     )
     prices, buckets = drafter.rounds_per_microbatch, config.rollout.row_buckets
     _require(
-        len(prices) == len(buckets) and min(prices) >= 1,
+        not prices or (len(prices) == len(buckets) and min(prices) >= 1),
         f"config.drafter.rounds_per_microbatch is {prices}; it must hold 1 or more for each of the "
-        f"{len(buckets)} row buckets.",
+        f"{len(buckets)} row buckets, or nothing, which has prices measured.",
     )
-    for rows, price in zip(buckets, prices, strict=True):
+    for rows, price in zip(buckets, prices, strict=bool(prices)):
         rounds = min(config.rollout.rounds(arm) for arm in config.rollout.arms(rows))
         _require(
             not drafter.train or config.mesh.slices == 1 or price <= rounds,
