@@ -253,7 +253,7 @@ def _updated(
 
     def body(index: jax.Array, carry: tuple[DrafterState, jax.Array, jax.Array]) -> Any:
         state, loss, weight = carry
-        total, _ = spot_training.add_sample(
+        total, _ = spot_training.add_samples(
             spot_training.zero_sum(state.params),
             state.params,
             target,
@@ -261,8 +261,9 @@ def _updated(
             drafter_config,
             sampler,
             rows,
-            jax.random.fold_in(key, index),
-            jnp.bool_(True),
+            key,
+            first=index,
+            count=jnp.int32(1),
         )
         state = spot_training.apply(tx, state, total)
         return state, loss + total.loss, weight + total.weight

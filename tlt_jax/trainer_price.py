@@ -328,21 +328,19 @@ def draw_and_add(
 ) -> GradientSum:
     """The gradient of `MICROBATCHES` random microbatches of a buffer."""
 
-    def one_more(index: jax.Array, total: GradientSum) -> GradientSum:
-        total, _ = spot_training.add_sample(
-            total,
-            params,
-            target,
-            config.policy,
-            config.drafter,
-            sampling.params_of(config.rollout),
-            buffer,
-            jax.random.fold_in(key, index),
-            jnp.bool_(True),
-        )
-        return total
-
-    return jax.lax.fori_loop(0, MICROBATCHES, one_more, spot_training.zero_sum(params))
+    total, _ = spot_training.add_samples(
+        spot_training.zero_sum(params),
+        params,
+        target,
+        config.policy,
+        config.drafter,
+        sampling.params_of(config.rollout),
+        buffer,
+        key,
+        first=jnp.int32(0),
+        count=jnp.int32(MICROBATCHES),
+    )
+    return total
 
 
 def _on_one_device(subject: Subject) -> tuple[DrafterState, Any]:
