@@ -190,13 +190,19 @@ def test_the_bandit_has_plain_decoding_among_its_strategies(run):
 
 def test_the_price_of_idle_training_is_a_ratio_of_the_same_repeats(run):
     config, _, results = run
-    price = results["training"]["findings"][0]["step_price"]
-    ratios = np.array(price["seconds_training"]) / np.array(price["seconds"])
-    assert len(ratios) == config.benchmark.repeats
-    assert price["ratio"] == pytest.approx(np.median(ratios))
-    assert (price["ratio_min"], price["ratio_max"]) == (min(ratios), max(ratios))
-    assert 0 < price["idle_used_share"] <= 1
-    assert f"{price['ratio']:.3f}" in step_price.sentence(price)
+    price = results["training"]["findings"][0]
+    assert [row["side"] for row in price["sides"]] == list(step_price.SIDES)
+    plain, _, resting, training = (np.array(row["seconds_all"]) for row in price["sides"])
+    for told, ratios in (
+        (price["training"], training / resting),
+        (price["sides"][3], training / plain),
+    ):
+        assert len(ratios) == config.benchmark.repeats
+        assert told["times"] == pytest.approx(np.median(ratios))
+        assert (told["times_min"], told["times_max"]) == (min(ratios), max(ratios))
+    assert [row["accept_length"] > 1 for row in price["sides"]] == [False, True, True, True]
+    assert 0 < price["training"]["idle_used_share"] <= 1
+    assert f"takes {price['training']['times']:.3f}" in step_price.table(price)
 
 
 def test_wrong_tokens_are_counted_and_not_explained(run):

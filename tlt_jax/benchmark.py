@@ -9,7 +9,7 @@ and goes into `benchmark.json`, `benchmark_PART.csv` and, where there is somethi
 
 batch     modes on batches of a step's size, and where a round's time goes
 tail      the same modes with few sequences live
-training  what drafter training on idle slices costs an RL step
+training  whole RL steps: without a drafter, with one, and with one that idle slices train
 queue     four times as many sequences as slots: refilling them, dealing by length, the bandit
 grid      every strategy by live rows, "full rows": as if all were live in all rounds (the paper's
           figure 13, tables 1 and 4)
@@ -55,8 +55,8 @@ def told(finding: dict[str, Any]) -> str:
     """A finding as text."""
     if "profile" in finding:
         return profiling.table(finding["profile"])
-    if "step_price" in finding:
-        return step_price.sentence(finding["step_price"])
+    if "sides" in finding:
+        return step_price.table(finding)
     if "pools" in finding:
         return pool_price.table(finding["pools"])
     if "rivals" in finding:
@@ -123,11 +123,11 @@ def lines(finding: dict[str, Any]) -> list[dict[str, Any]]:
     """A finding as lines of a table: what all modes of a race share, then what each has shown."""
     common, kinds = (
         ("batch", "rows", "temperature", "measured"),
-        ("modes", "profile", "pools", "step_price", "rivals"),
+        ("modes", "profile", "pools", "sides", "rivals"),
     )
     shared = {key: finding[key] for key in common if key in finding}
     many = next(finding[key] for key in kinds if key in finding)
-    return [shared | _flat(one) for one in (many if isinstance(many, list) else [many])]
+    return [shared | _flat(one) for one in many]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -156,10 +156,9 @@ def tail(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def training(subject: Subject) -> Iterator[dict[str, Any]]:
-    """Whole RL steps with idle slices training and resting."""
+    """Whole RL steps without a drafter and with one, idle slices training and resting."""
     if subject.config.mesh.slices > 1:
-        price = step_price.measure(subject.config, subject.target, subject.drafters["trained"])
-        yield {"step_price": price}
+        yield step_price.measure(subject.config, subject.target, subject.drafters["trained"])
 
 
 def queue(subject: Subject) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""What drafter training on idle slices costs an RL step: steps with it and without, in turns.
+"""What a whole RL step takes without a drafter, with one, and with one that idle slices train.
 
-Both sides begin from the same weights and take the same steps: the same prompts, keys and policy
-updates, hence the same tokens. The drafter's learning rate is 0, so that training cannot pay for
-itself by better drafts; what remains is its price.
+All sides begin from the same weights and take the same steps, in turns: the same prompts, keys and
+policy updates, hence the same tokens. The drafter's learning rate is 0, so that training cannot pay
+for itself by better drafts; what remains between "training" and "resting" is its price.
 """
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ from tlt_jax.rl_step import Machinery, RunState, rl_step
 from tlt_jax.rollout import ChunkRecord
 
 STEPS = 6  # of a repeat, one after another
+PLAIN, NGRAM, RESTING, TRAINING = SIDES = ("no drafter", "n-gram", "resting", "training")
 
 
 @dataclasses.dataclass
 class Side:
-    """Steps with or without drafter training, and what they took."""
+    """One way of taking the same steps, and what they took."""
 
+    name: str
     machinery: Machinery
     first: RunState  # kept; steps run on copies of it
     microbatch_seconds: float
@@ -37,56 +40,56 @@ def measure(config: RunConfig, policy_params: Any, drafter_params: Any) -> dict[
     """Times `STEPS` steps of each side, `config.benchmark.repeats` times after an untimed pass.
 
     Returns:
-      Seconds with and without training of each repeat, median, least and largest ratio of the
-      step and median ratio of the rollout, and the share of idle time spent on training.
+      "sides": for each the seconds of a step and of its rollout (medians), of all steps of each
+      repeat, and how many times as long as without a drafter a step took in the same repeat
+      (median, least, largest). "training": the same ratio between training and resting, the
+      median one of their rollouts, and the share of idle time spent on training.
     """
-    sides = [
-        make_side(config, policy_params, drafter_params, train=train) for train in (False, True)
-    ]
+    sides = [make_side(config, policy_params, drafter_params, name) for name in SIDES]
     for repeat in range(config.benchmark.repeats + 1):
-        take_turns(sides, first=repeat % 2)
+        take_turns(sides, first=repeat % len(sides))
     for side in sides:  # the first pass had programs to load
         side.seconds, side.rollout_seconds = side.seconds[1:], side.rollout_seconds[1:]
         side.machinery.close()
-    without, training = sides
-    ratios = _ratios(training.seconds, without.seconds)
+    resting, training = (next(s for s in sides if s.name == name) for name in (RESTING, TRAINING))
     idle = metrics.idle_seconds(training.chunks)
     used = metrics.idle_training_seconds(training.chunks, training.microbatch_seconds)
+    rollouts = np.array(training.rollout_seconds) / np.array(resting.rollout_seconds)
     return {
-        "steps": STEPS,
-        "seconds": without.seconds,
-        "seconds_training": training.seconds,
-        "ratio": float(np.median(ratios)),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "rollout_ratio": float(
-            np.median(_ratios(training.rollout_seconds, without.rollout_seconds))
-        ),
-        "idle_used_share": used / idle if idle > 0 else 0.0,
+        "sides": [_row(side, sides[0]) for side in sides],
+        "training": _times(training, resting)
+        | {
+            "rollout_times": float(np.median(rollouts)),
+            "idle_used_share": used / idle if idle > 0 else 0.0,
+        },
     }
 
 
-def make_side(config: RunConfig, policy_params: Any, drafter_params: Any, *, train: bool) -> Side:
-    """Compiled machinery and first state of one side."""
+def make_side(config: RunConfig, policy_params: Any, drafter_params: Any, name: str) -> Side:
+    """Compiled machinery and first state of one of `SIDES`."""
+    train = name == TRAINING
     drafter_config = dataclasses.replace(config.drafter, train=train, learning_rate=0.0)
-    rollout_config = dataclasses.replace(config.rollout, speculate=True)
+    rollout = dataclasses.replace(config.rollout, speculate=name != PLAIN)
+    if name == NGRAM:
+        strategies = (f"ngram-{rollout.deepest}",) * len(rollout.row_buckets)
+        rollout = dataclasses.replace(rollout, strategies=strategies)
     machinery = setup.make_machinery(
-        dataclasses.replace(config, drafter=drafter_config, rollout=rollout_config)
+        dataclasses.replace(config, drafter=drafter_config, rollout=rollout)
     )
     state = setup.first_state(machinery, policy_params, drafter_params)
     setup.order_programs(machinery, state)
-    return Side(machinery, *setup.time_microbatch(machinery, state))
+    return Side(name, machinery, *setup.time_microbatch(machinery, state))
 
 
-def take_turns(sides: list[Side], *, first: int) -> list[RunState]:
-    """`STEPS` steps of both sides, step by step; keeps their seconds, returns their last states.
+def take_turns(sides: Sequence[Side], *, first: int) -> list[RunState]:
+    """`STEPS` steps of all sides, step by step; keeps their seconds, returns their last states.
 
     What they have taught about times is known when a side begins again.
     """
     states = [_copy(side.first) for side in sides]
-    totals, rollouts = [0.0, 0.0], [0.0, 0.0]
+    totals, rollouts = [0.0] * len(sides), [0.0] * len(sides)
     for _ in range(STEPS):
-        for place in (first, 1 - first):
+        for place in [*range(first, len(sides)), *range(first)]:
             start = time.perf_counter()
             outcome = rl_step(sides[place].machinery, states[place])
             totals[place] += time.perf_counter() - start
@@ -111,15 +114,40 @@ def _copy(state: RunState) -> RunState:
     return state.with_arrays(**copied)
 
 
-def _ratios(seconds: list[float], others: list[float]) -> list[float]:
-    return [a / b for a, b in zip(seconds, others, strict=True)]
+def _row(side: Side, other: Side) -> dict[str, Any]:
+    return {
+        "side": side.name,
+        "seconds": float(np.median(side.seconds)) / STEPS,
+        "rollout_seconds": float(np.median(side.rollout_seconds)) / STEPS,
+        "seconds_all": side.seconds,
+        "accept_length": metrics.accept_length(side.chunks),
+    } | _times(side, other)
 
 
-def sentence(price: dict[str, Any]) -> str:
-    """The measurement in words."""
-    return (
-        f"a step whose idle slices train takes {price['ratio']:.3f} "
-        f"({price['ratio_min']:.3f}-{price['ratio_max']:.3f}) times as long as one whose idle "
-        f"slices rest, its rollout {price['rollout_ratio']:.3f} times; they train for "
-        f"{100 * price['idle_used_share']:.0f} % of their idle time"
+def _times(side: Side, other: Side) -> dict[str, float]:
+    """How many times as long as the other a side took in the same repeat."""
+    ratios = np.array(side.seconds) / np.array(other.seconds)
+    return {
+        "times": float(np.median(ratios)),
+        "times_min": float(ratios.min()),
+        "times_max": float(ratios.max()),
+    }
+
+
+def table(price: Mapping[str, Any]) -> str:
+    """The measurement as aligned text, and what training costs in words."""
+    lines = [f"{'an RL step':<14}{'seconds':>9}{'rollout':>9}{'times (min-max)':>24}{'accept':>8}"]
+    for row in price["sides"]:
+        times = f"{row['times']:.3f} ({row['times_min']:.3f}-{row['times_max']:.3f})"
+        lines.append(
+            f"{row['side']:<14}{row['seconds']:>9.3f}{row['rollout_seconds']:>9.3f}{times:>24}"
+            f"{row['accept_length']:>8.2f}"
+        )
+    told = price["training"]
+    lines.append(
+        f"a step whose idle slices train takes {told['times']:.3f} "
+        f"({told['times_min']:.3f}-{told['times_max']:.3f}) times as long as one whose idle "
+        f"slices rest, its rollout {told['rollout_times']:.3f} times; they train for "
+        f"{100 * told['idle_used_share']:.0f} % of their idle time"
     )
+    return "\n".join(lines)
