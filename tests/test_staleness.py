@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
@@ -125,9 +126,10 @@ def test_the_newest_rows_come_first_and_the_oldest_drop_out(config):
         tokens = np.repeat(np.array(numbers, np.int32)[:, None], 72, axis=1)
         features = np.repeat(tokens[..., None].astype(np.float32), 64, axis=2)
         segments = np.where(tokens > 0, 0, INVALID)
-        return Microbatch(tokens, features, segments, tokens, tokens[:, 0])
+        held = tokens, features, segments, tokens, tokens[:, 0]
+        return Microbatch(*map(jnp.asarray, held))
 
-    rows = staleness.newest(rows, [batch(1, 2), batch(3, 0)][:1])
+    rows = staleness.newest(rows, [batch(1, 2)])
     assert rows.tokens[:, 0].tolist() == [1, 2, 0] and rows.filled == 2
     rows = staleness.newest(rows, [batch(3, 0)])
     assert rows.tokens[:, 0].tolist() == [3, 1, 2] and rows.filled == 3
