@@ -41,7 +41,7 @@ def packed(request):
     """`attention.packed` on segment ids, jitted; rows as long as a block, and of several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", request.param)
-        yield jax.jit(lambda q, k, v, s: attention.packed(q, k, v, attention.packed_mask(s)))
+        yield jax.jit(lambda q, k, v, s: attention.packed(q, k, v, attention.reach(s)))
 
 
 def test_the_mask_by_hand():
@@ -52,14 +52,15 @@ def test_the_mask_by_hand():
         [0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1],
     ]
-    found = attention.packed_mask(jnp.array([[0, 0, 1, 1, INVALID]]))
+    found = attention.packed_mask(attention.reach(jnp.array([[0, 0, 1, 1, INVALID]])))
     assert found.dtype == jnp.bool_
     np.testing.assert_array_equal(found, [expected])
 
 
 def test_padding_does_not_see_other_padding():
     np.testing.assert_array_equal(
-        attention.packed_mask(jnp.full((1, 3), INVALID)), np.eye(3, dtype=bool)[None]
+        attention.packed_mask(attention.reach(jnp.full((1, 3), INVALID))),
+        np.eye(3, dtype=bool)[None],
     )
 
 
@@ -68,7 +69,7 @@ def test_one_head_by_hand():
     q = jnp.array([5.0, 1.0]).reshape(1, 2, 1, 1)
     k = jnp.array([np.log(3.0), 0.0]).reshape(1, 2, 1, 1)
     v = jnp.array([8.0, 4.0]).reshape(1, 2, 1, 1)
-    found = attention.packed(q, k, v, attention.packed_mask(jnp.array([[0, 0]])))
+    found = attention.packed(q, k, v, attention.reach(jnp.array([[0, 0]])))
     np.testing.assert_allclose(found.ravel(), [8.0, 7.0], rtol=1e-6)
 
 
@@ -116,8 +117,9 @@ def test_entries_that_one_query_alone_sees(packed):
     rng = np.random.default_rng(1)
     own = [tuple(jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.float32) for _ in range(2))]
     own.append((own[0][1], own[0][0]))
-    mask = attention.packed_mask(jnp.asarray(SEGMENTS))
-    found = jax.jit(lambda *x: attention.packed(*x, mask, own=own))(q, k, v)
+    seen = attention.reach(jnp.asarray(SEGMENTS))
+    mask = attention.packed_mask(seen)
+    found = jax.jit(lambda *x: attention.packed(*x, seen, own=own))(q, k, v)
     for b, t, n in ((0, 0, 1), (0, 5, 3), (1, 4, 0), (1, 8, 2)):
         seen, kv = np.flatnonzero(mask[b, t]), n // (N // K)
         keys = np.stack([*k[b, seen, kv], *(x[b, t, kv] for x, _ in own)]).astype(np.float64)
@@ -175,7 +177,7 @@ def test_rows_of_unequal_length_and_what_lies_beyond_them():
 
 def test_bfloat16_keeps_its_dtype():
     q, k, v = _random_qkv(jnp.bfloat16)
-    found = jax.jit(attention.packed)(q, k, v, attention.packed_mask(jnp.asarray(SEGMENTS)))
+    found = jax.jit(attention.packed)(q, k, v, attention.reach(jnp.asarray(SEGMENTS)))
     assert found.dtype == jnp.bfloat16
     # Inputs agree exactly; scores, weights and output are rounded to 2^-9 of values below 4.
     np.testing.assert_allclose(np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03)

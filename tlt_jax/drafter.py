@@ -213,7 +213,7 @@ def packed_steps(
     inputs = _fuse(params, config, read(params, config, features), embedded)
     rotation = policy.rotation_of(config, positions)
     keys, values = policy.keys_and_values(params["layer"], config, inputs, rotation)
-    mask = cut(attention.packed_mask(segment_ids))  # [B, count, T]
+    separated = attention.separated(segment_ids)
     place = starts[:, None] + jnp.arange(count)
     rotation = policy.rotation_of(config, cut(positions))
     x, embedded, segments = cut(inputs), cut(embedded), cut(segment_ids)
@@ -221,16 +221,16 @@ def packed_steps(
     results: list[tuple[jax.Array, jax.Array]] = []
     for back in range(steps):
         exists = (_shift(segments, back) == segments) & (jnp.arange(count) >= back)
-        visible = mask & (jnp.arange(segment_ids.shape[1]) <= place[..., None] - back)
+        seen = attention.Reach(cut(separated), place - back, separated)
 
-        def attend(q, k, v, back=back, visible=visible):
+        def attend(q, k, v, back=back, seen=seen):
             if back > 0:
                 own.append((k, v))
             moved = [
                 (_shift(k, back - depth), _shift(v, back - depth))
                 for depth, (k, v) in enumerate(own, start=1)
             ]
-            return attention.packed(q, keys, values, visible, own=moved)
+            return attention.packed(q, keys, values, seen, own=moved)
 
         x = policy.layer(params["layer"], config, x, rotation, attend)
         estimates = policy.rms_norm(x, params["norm"], config.norm_eps)

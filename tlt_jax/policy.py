@@ -8,13 +8,14 @@ missing when embeddings are tied. Queries, keys and values of a kv head lie toge
 [D, K, G + 2, H], so that one matmul makes them and one axis shards them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import attention, kv_cache, rope
+from tlt_jax import attention, blocks, kv_cache, rope
 from tlt_jax.config import PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import ParamSpec, tree_init
@@ -103,12 +104,19 @@ def layer(
         # Two-dimensional matmuls on purpose: from an einsum XLA:CPU permutes weights every token.
         x = x + mixed.reshape(batch, count, -1) @ params["out"].reshape(-1, config.width)
     with jax.named_scope("ffn"):
-        normed = rms_norm(x, params["ffn_norm"], config.norm_eps)
-        gate_up = (normed @ params["gate_up"].reshape(config.width, -1)).reshape(
-            batch, count, *params["gate_up"].shape[1:]
-        )
-        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return x + hidden @ params["down"]
+        # Rows do not count here: a verifying pass of many should read the weights once.
+        size = blocks.size(count, 2 * params["down"].shape[0])
+        return blocks.over_tokens(functools.partial(_feed_forward, params, config), (x,), size)
+
+
+def _feed_forward(params: dict[str, jax.Array], config: PolicyConfig, x: jax.Array) -> jax.Array:
+    """The second half of a layer on the residual stream [B, T, D]."""
+    normed = rms_norm(x, params["ffn_norm"], config.norm_eps)
+    gate_up = (normed @ params["gate_up"].reshape(config.width, -1)).reshape(
+        *x.shape[:2], *params["gate_up"].shape[1:]
+    )
+    hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    return x + hidden @ params["down"]
 
 
 def _project(
@@ -261,10 +269,10 @@ def packed_forward(
     Returns:
       Final hidden states and features as of `trunk`.
     """
-    mask = attention.packed_mask(segment_ids)
+    seen = attention.reach(segment_ids)
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.packed(q, k, v, mask)
+        return attention.packed(q, k, v, seen)
 
     return trunk(params, config, tokens, positions, attend)
 
