@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import attention, kv_cache, policy
+from tlt_jax import attention, blocks, kv_cache, policy
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import ParamSpec, tree_init
@@ -85,9 +85,14 @@ def _fuse(
     params: Params, config: PolicyConfig, features: jax.Array, embedded: jax.Array
 ) -> jax.Array:
     """Drafter input [B, T, D] from features and next-token embeddings, both [B, T, D]."""
-    feature_part = policy.rms_norm(features, params["feature_norm"], config.norm_eps)
-    token_part = policy.rms_norm(embedded, params["token_norm"], config.norm_eps)
-    return feature_part @ params["fuse"][0] + token_part @ params["fuse"][1]
+
+    def fuse(features: jax.Array, embedded: jax.Array) -> jax.Array:
+        feature_part = policy.rms_norm(features, params["feature_norm"], config.norm_eps)
+        token_part = policy.rms_norm(embedded, params["token_norm"], config.norm_eps)
+        return feature_part @ params["fuse"][0] + token_part @ params["fuse"][1]
+
+    size = blocks.size(features.shape[1], 2 * config.width)
+    return blocks.over_tokens(fuse, (features, embedded), size)
 
 
 def decode(
