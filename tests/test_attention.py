@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.verify_attention import verify_attention
-from tlt_jax import attention, kv_cache
+from tlt_jax import attention, blocks, kv_cache
 from tlt_jax.types import INVALID, UserError
 
 B, T, N, K, H = 2, 9, 4, 2, 4
@@ -36,12 +36,37 @@ def _naive(q, k, v, segments):
     return out
 
 
-@pytest.fixture(scope="module", params=[attention.QUERY_BLOCK, 4, 3], ids="block {}".format)
-def packed(request):
-    """`attention.packed` on segment ids, jitted; rows as long as a block, and of several blocks."""
+def _patched(patch, cut):
+    """Cuts queries of `T` tokens as one of `CUTS` says."""
+    query_block, size, stretches = cut
+    patch.setattr(attention, "QUERY_BLOCK", query_block)
+    patch.setattr(attention, "STRETCHES", stretches)
+    patch.setattr(blocks, "LIMIT", size * B * N * T)
+
+
+# Queries of a block whose scores are kept; of one whose scores are made again; stretches of these.
+CUTS = {
+    "whole": (attention.QUERY_BLOCK, T, 8),
+    "kept in 4s": (4, T, 8),
+    "kept in 3s": (3, T, 8),
+    "forgotten in 2s, stretches of 4": (attention.QUERY_BLOCK, 2, 8),
+    "forgotten in 2s, one stretch": (attention.QUERY_BLOCK, 2, 1),
+    "forgotten in 4s, stretches of 8": (attention.QUERY_BLOCK, 4, 8),
+}
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def cut(request):
+    """Rows as long as a block, and of several blocks, kept or made again, the last one not full."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", request.param)
-        yield jax.jit(lambda q, k, v, s: attention.packed(q, k, v, attention.packed_mask(s)))
+        _patched(patch, CUTS[request.param])
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def packed(cut):
+    """`attention.packed` on segment ids, jitted."""
+    return jax.jit(lambda q, k, v, s: attention.packed(q, k, v, attention.reach(s)))
 
 
 def test_the_mask_by_hand():
@@ -52,14 +77,15 @@ def test_the_mask_by_hand():
         [0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1],
     ]
-    found = attention.packed_mask(jnp.array([[0, 0, 1, 1, INVALID]]))
+    found = attention.packed_mask(attention.reach(jnp.array([[0, 0, 1, 1, INVALID]])))
     assert found.dtype == jnp.bool_
     np.testing.assert_array_equal(found, [expected])
 
 
 def test_padding_does_not_see_other_padding():
     np.testing.assert_array_equal(
-        attention.packed_mask(jnp.full((1, 3), INVALID)), np.eye(3, dtype=bool)[None]
+        attention.packed_mask(attention.reach(jnp.full((1, 3), INVALID))),
+        np.eye(3, dtype=bool)[None],
     )
 
 
@@ -68,7 +94,7 @@ def test_one_head_by_hand():
     q = jnp.array([5.0, 1.0]).reshape(1, 2, 1, 1)
     k = jnp.array([np.log(3.0), 0.0]).reshape(1, 2, 1, 1)
     v = jnp.array([8.0, 4.0]).reshape(1, 2, 1, 1)
-    found = attention.packed(q, k, v, attention.packed_mask(jnp.array([[0, 0]])))
+    found = attention.packed(q, k, v, attention.reach(jnp.array([[0, 0]])))
     np.testing.assert_allclose(found.ravel(), [8.0, 7.0], rtol=1e-6)
 
 
@@ -110,21 +136,51 @@ def test_decoding_with_a_cache_is_the_packed_row(packed):
     np.testing.assert_array_equal(cache.v[:, :, :T], v.swapaxes(1, 2))
 
 
-def test_entries_that_one_query_alone_sees(packed):
+def _own():
+    """Two keys and values for each query alone."""
+    rng = np.random.default_rng(1)
+    k, v = (jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.float32) for _ in range(2))
+    return (k, v), (v, k)
+
+
+def test_entries_that_one_query_alone_sees(cut):
     """Two more keys for each query, as if the cache of every query were its own."""
     q, k, v = _random_qkv()
-    rng = np.random.default_rng(1)
-    own = [tuple(jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.float32) for _ in range(2))]
-    own.append((own[0][1], own[0][0]))
-    mask = attention.packed_mask(jnp.asarray(SEGMENTS))
-    found = jax.jit(lambda *x: attention.packed(*x, mask, own=own))(q, k, v)
+    own = _own()
+    seen = attention.reach(jnp.asarray(SEGMENTS))
+    mask = attention.packed_mask(seen)
+    found = jax.jit(lambda *x: attention.packed(*x, seen, own=own))(q, k, v)
     for b, t, n in ((0, 0, 1), (0, 5, 3), (1, 4, 0), (1, 8, 2)):
-        seen, kv = np.flatnonzero(mask[b, t]), n // (N // K)
-        keys = np.stack([*k[b, seen, kv], *(x[b, t, kv] for x, _ in own)]).astype(np.float64)
-        values = np.stack([*v[b, seen, kv], *(x[b, t, kv] for _, x in own)])
+        shared, kv = np.flatnonzero(mask[b, t]), n // (N // K)
+        keys = np.stack([*k[b, shared, kv], *(x[b, t, kv] for x, _ in own)]).astype(np.float64)
+        values = np.stack([*v[b, shared, kv], *(x[b, t, kv] for _, x in own)])
         weights = np.exp(keys @ np.asarray(q[b, t, n]) / np.sqrt(H))
         expected = weights @ values / weights.sum()
         np.testing.assert_allclose(found[b, t, n], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("first", [0, 3], ids="queries from {} on".format)
+def test_gradients_do_not_depend_on_blocks(cut, first):
+    """Of whole rows and of the queries of a part, each with two keys of its own."""
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, N, H)), jnp.float32)
+
+    def of_part(tree):
+        return jax.tree.map(lambda x: x[:, first:], tree)
+
+    def loss(q, k, v, own):
+        whole = attention.reach(jnp.asarray(SEGMENTS))
+        seen = attention.Reach(*of_part((whole.segments, whole.last)), whole.key_segments)
+        mixed = attention.packed(of_part(q), k, v, seen, own=of_part(own))
+        return jnp.sum(mixed * of_part(weights))
+
+    given = (*_random_qkv(), _own())
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        _patched(patch, CUTS["whole"])
+        expected = jax.grad(loss, argnums=(0, 1, 2, 3))(*given)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.any(np.asarray(other) != 0)
+        np.testing.assert_allclose(one, other, atol=5e-6)
 
 
 def test_a_long_chain_reaches_the_kernel_in_blocks(monkeypatch):
@@ -175,7 +231,7 @@ def test_rows_of_unequal_length_and_what_lies_beyond_them():
 
 def test_bfloat16_keeps_its_dtype():
     q, k, v = _random_qkv(jnp.bfloat16)
-    found = jax.jit(attention.packed)(q, k, v, attention.packed_mask(jnp.asarray(SEGMENTS)))
+    found = jax.jit(attention.packed)(q, k, v, attention.reach(jnp.asarray(SEGMENTS)))
     assert found.dtype == jnp.bfloat16
     # Inputs agree exactly; scores, weights and output are rounded to 2^-9 of values below 4.
     np.testing.assert_allclose(np.asarray(found, np.float32), _naive(q, k, v, SEGMENTS), atol=0.03)

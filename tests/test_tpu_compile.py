@@ -16,6 +16,7 @@ import pytest
 import tpu_topologies
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from tpu_topologies import GIB, QWEN_7B
 
 from pallas_kernels.verify_attention.tpu import verify_attention_tpu
 from tlt_jax import (
@@ -41,10 +42,10 @@ from tlt_jax.types import Strategy
 
 
 def compiles_for_tpu(test):
-    return pytest.mark.tpu_compile(pytest.mark.parametrize("backend", ["reference", "tpu"])(test))
+    return pytest.mark.tputpu_topologies.compiled(
+        pytest.mark.parametrize("backend", ["reference", "tpu"])(test)
+    )
 
-
-GIB = 2**30
 
 POLICY = PolicyConfig(
     vocab_size=1024,
@@ -55,21 +56,6 @@ POLICY = PolicyConfig(
     head_size=128,
     ffn_width=1536,
     dtype="bfloat16",
-)
-QWEN_7B = PolicyConfig(
-    vocab_size=152_064,
-    num_layers=28,
-    width=3584,
-    num_heads=28,
-    num_kv_heads=4,
-    head_size=128,
-    ffn_width=18_944,
-    rope_theta=1e6,
-    qkv_bias=True,
-    qk_norm=False,
-    tie_embeddings=False,
-    dtype="bfloat16",
-    attention_backend="tpu",
 )
 CHAIN = Strategy(4)
 
@@ -184,10 +170,6 @@ def _small(mesh, backend):
     drafter_config = DrafterConfig(ffn_width=1024, row_length=512)
     shapes = _shapes(mesh, config, drafter_config, rows=4, length=512, prompt=64)
     return config, drafter_config, shapes
-
-
-def _compile(program, *arguments):
-    return program.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
 
 
 def _device_bytes(tree):
@@ -313,7 +295,7 @@ def test_a_chunk_without_training_stays_in_its_slice(mesh, backend, strategy):
     config, drafter_config, shapes = _small(mesh, backend)
     shapes = shapes._replace(library=None)
     program = _chunk(mesh, config, drafter_config, training=False, strategy=strategy)
-    compiled = _compile(program, *shapes.of_chunk)
+    compiled = tpu_topologies.compiled(program, *shapes.of_chunk)
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _device_groups(compiled.as_text())  # of the tensor axis
     assert not _slice_groups(compiled, mesh)
@@ -325,7 +307,7 @@ def test_texts_for_the_ngram_drafter_reach_all_slices(mesh, backend):
     config, drafter_config, shapes = _small(mesh, backend)
     strategy = Strategy(4, ngram=True)
     program = _chunk(mesh, config, drafter_config, training=False, strategy=strategy)
-    compiled = _compile(program, *shapes.of_chunk)
+    compiled = tpu_topologies.compiled(program, *shapes.of_chunk)
     assert _slice_groups(compiled, mesh)
     _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.library, shapes.rows))
 
@@ -333,7 +315,9 @@ def test_texts_for_the_ngram_drafter_reach_all_slices(mesh, backend):
 @compiles_for_tpu
 def test_a_chunk_with_training_adds_gradients_over_slices(mesh, backend):
     config, drafter_config, shapes = _small(mesh, backend)
-    compiled = _compile(_chunk(mesh, config, drafter_config, training=True), *shapes.of_chunk)
+    compiled = tpu_topologies.compiled(
+        _chunk(mesh, config, drafter_config, training=True), *shapes.of_chunk
+    )
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _slice_groups(compiled, mesh)
     _assert_updated_in_place(compiled, (shapes.state, shapes.buffer, shapes.library, shapes.rows))
@@ -343,7 +327,7 @@ def test_a_chunk_with_training_adds_gradients_over_slices(mesh, backend):
 def test_prefill_stays_in_its_slice(mesh, backend):
     config, _, shapes = _small(mesh, backend)
     length = shapes.rows.tokens.shape[1]
-    compiled = _compile(_prefill(mesh, config, length), shapes.target, *shapes.batch)
+    compiled = tpu_topologies.compiled(_prefill(mesh, config, length), shapes.target, *shapes.batch)
     assert ("tpu_custom_call" in compiled.as_text()) == (backend == "tpu")
     assert _device_groups(compiled.as_text())
     assert not _slice_groups(compiled, mesh)
@@ -359,7 +343,9 @@ def test_a_refill_stays_in_its_slice_and_in_place(mesh, backend):
     ]
     program = row_programs.refill_program(mesh, config, keep_features=True)
     slots = few[1]  # numbers, like lengths
-    compiled = _compile(program, shapes.target, shapes.state.params, shapes.rows, slots, *few)
+    compiled = tpu_topologies.compiled(
+        program, shapes.target, shapes.state.params, shapes.rows, slots, *few
+    )
     assert not _slice_groups(compiled, mesh)
     _assert_updated_in_place(compiled, shapes.rows)
 
@@ -375,7 +361,7 @@ def test_the_policy_update_keeps_its_state_in_place(mesh):
         learner.state_shardings(mesh, POLICY, tx),
     )
     empty = packing.empty_batch(4, settings.microbatch_rows, settings.row_length)
-    compiled = _compile(
+    compiled = tpu_topologies.compiled(
         learner.update_program(mesh, POLICY, settings, tx),
         state,
         reference,
@@ -397,7 +383,7 @@ def test_a_7b_policy_fits_v5e_chips(training):
     )
     shapes = _shapes(mesh, QWEN_7B, drafter_config, rows=8, length=4096, prompt=512)
     program = _chunk(mesh, QWEN_7B, drafter_config, training=training)
-    memory = _compile(program, *shapes.of_chunk).memory_analysis()
+    memory = tpu_topologies.compiled(program, *shapes.of_chunk).memory_analysis()
     held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     print(f"a chip holds {held / GIB:.2f} GiB of arguments, {temporary / GIB:.2f} of temporaries")
     assert held + temporary < 16 * GIB

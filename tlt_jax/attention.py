@@ -5,18 +5,22 @@ Axes: B rows, T query tokens, S cache length, N heads, K kv heads, H head size.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.verify_attention import verify_attention
-from tlt_jax import sharding
+from tlt_jax import blocks, sharding
 from tlt_jax.kv_cache import LayerCache, write
 from tlt_jax.sampling import MASKED
 from tlt_jax.types import INVALID, UserError
 
+# Queries that read keys up to their own end, where all scores of a row are kept at once.
 QUERY_BLOCK = 128
+# Where they are not: longer stretches of queries do, so that no program grows with its rows.
+STRETCHES = 8
 # Query rows (tokens x query heads of a kv head) of one kernel call; twice as many do not fit VMEM.
 KERNEL_ROWS = 1024
 
@@ -105,75 +109,97 @@ def _kernel_in_blocks(
     return jnp.concatenate(blocks, axis=1)
 
 
-def packed_mask(segment_ids: jax.Array) -> jax.Array:
-    """Causal mask inside segments, [B, T, T] bool from segment ids [B, T].
+class Reach(NamedTuple):
+    """Which keys of packed rows the queries see: those of their segment up to a last one."""
 
-    Segment ids 0 0 1 1 -1 give
+    segments: jax.Array  # [B, T] int32, of the queries
+    last: jax.Array  # [B, T] int32, index of the last key that a query sees
+    key_segments: jax.Array  # [B, S] int32
+
+
+def reach(segment_ids: jax.Array) -> Reach:
+    """Causal attention inside the segments of whole rows, from segment ids [B, T]."""
+    segments = separated(segment_ids)
+    places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    return Reach(segments, jnp.broadcast_to(places, segments.shape), segments)
+
+
+def separated(segment_ids: jax.Array) -> jax.Array:
+    """Segment ids [B, T] with each token of padding in a segment of its own.
+
+    Padding then sees itself, so that no softmax is empty: 0 0 1 -1 -1 becomes 0 0 1 -5 -6.
+    """
+    alone = INVALID - 1 - jnp.arange(segment_ids.shape[1], dtype=segment_ids.dtype)
+    return jnp.where(segment_ids == INVALID, alone, segment_ids)
+
+
+def packed_mask(seen: Reach) -> jax.Array:
+    """Which query sees which key, [B, T, S] bool; `packed` makes it for a block of queries.
+
+    For whole rows, `reach` of segment ids 0 0 1 1 -1, it is
 
         1 . . . .
         1 1 . . .
         . . 1 . .
         . . 1 1 .
-        . . . . 1     padding sees itself, so that no softmax is empty
+        . . . . 1
     """
-    count = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((count, count), bool))
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    real = (segment_ids != INVALID)[:, :, None]
-    return (causal & same & real) | jnp.eye(count, dtype=bool)
+    same = seen.segments[:, :, None] == seen.key_segments[:, None, :]
+    return same & (jnp.arange(seen.key_segments.shape[1]) <= seen.last[..., None])
 
 
 def packed(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    seen: Reach,
     *,
     own: Sequence[tuple[jax.Array, jax.Array]] = (),
 ) -> jax.Array:
     """Attention inside packed rows of S tokens, of all of them or of T chosen ones.
 
-    With T = S, query blocks read keys up to their own end only, which skips nearly half of a causal
-    mask.
+    With T = S no query may see a later key. Stretches of queries then read keys up to their own end
+    only, which skips nearly half of the scores. Scores that do not fit a block of `blocks` are made
+    and forgotten in blocks inside the stretches, of which there are few, however long the row.
 
     Args:
       q: queries [B, T, N, H].
       k: keys [B, S, K, H].
       v: values [B, S, K, H].
-      mask: [B, T, S] bool, of `packed_mask` the rows of the queries.
+      seen: which keys the queries see.
       own: further (keys, values), [B, T, K, H] each, of which query t sees entry t alone.
 
     Returns:
       [B, T, N, H] in the dtype of `q`; the softmax is float32.
     """
-    batch, count, heads, size = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, count, kv_heads, heads // kv_heads, size) * size**-0.5
-    blocks = []
-    for start in range(0, count, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, count)
-        seen = end if count == k.shape[1] else k.shape[1]
-        blocks.append(
-            _attend(
-                grouped[:, start:end],
-                k[:, :seen],
-                v[:, :seen],
-                mask[:, start:end, :seen],
-                [(keys[:, start:end], values[:, start:end]) for keys, values in own],
-            )
-        )
-    out = jnp.concatenate(blocks, axis=1)
-    return out.reshape(batch, count, heads, size).astype(q.dtype)
+    batch, count, heads, head_size = q.shape
+    length, kv_heads = k.shape[1:3]
+    grouped = q.reshape(batch, count, kv_heads, heads // kv_heads, head_size) * head_size**-0.5
+    queries = (grouped, seen.segments, seen.last, tuple(own))
+    size = blocks.size(count, batch * heads * length)
+    # A stretch that is a single block would keep its scores.
+    stretch = QUERY_BLOCK if size == count else max(2 * size, -(-count // STRETCHES))
+    mixed = []
+    for start in range(0, count, stretch):
+        end = min(start + stretch, count)
+        read = end if count == length else length
+        attend = functools.partial(_attend, k[:, :read], v[:, :read], seen.key_segments[:, :read])
+        here = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], queries)
+        mixed.append(blocks.over_tokens(attend, here, size))
+    return jnp.concatenate(mixed, axis=1).reshape(q.shape)
 
 
 def _attend(
-    q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    key_segments: jax.Array,
+    q: jax.Array,
+    segments: jax.Array,
+    last: jax.Array,
     own: Sequence[tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
     """Softmax attention of scaled grouped queries [B, T, K, G, H] over keys [B, S, K, H]."""
+    mask = packed_mask(Reach(segments, last, key_segments))
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     for keys, _ in own:
@@ -185,4 +211,4 @@ def _attend(
     for index, (_, values) in enumerate(own):
         weight = jnp.moveaxis(weights[..., k.shape[1] + index], 3, 1)  # [B, T, K, G]
         out = out + weight[..., None] * values[:, :, :, None]
-    return out
+    return out.astype(q.dtype)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax import attention, kv_cache, policy
+from tlt_jax import attention, blocks, kv_cache, policy
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import ParamSpec, tree_init
@@ -97,9 +97,14 @@ def _fuse(
     params: Params, config: PolicyConfig, features: jax.Array, embedded: jax.Array
 ) -> jax.Array:
     """Drafter input [B, T, D] from features and next-token embeddings, both [B, T, D]."""
-    feature_part = policy.rms_norm(features, params["feature_norm"], config.norm_eps)
-    token_part = policy.rms_norm(embedded, params["token_norm"], config.norm_eps)
-    return feature_part @ params["fuse"][0] + token_part @ params["fuse"][1]
+
+    def fuse(features: jax.Array, embedded: jax.Array) -> jax.Array:
+        feature_part = policy.rms_norm(features, params["feature_norm"], config.norm_eps)
+        token_part = policy.rms_norm(embedded, params["token_norm"], config.norm_eps)
+        return feature_part @ params["fuse"][0] + token_part @ params["fuse"][1]
+
+    size = blocks.size(features.shape[1], 2 * config.width)
+    return blocks.over_tokens(fuse, (features, embedded), size)
 
 
 def decode(
@@ -225,7 +230,7 @@ def packed_steps(
     inputs = _fuse(params, config, read(params, config, features), embedded)
     rotation = policy.rotation_of(config, positions)
     keys, values = policy.keys_and_values(params["layer"], config, inputs, rotation)
-    mask = cut(attention.packed_mask(segment_ids))  # [B, count, T]
+    separated = attention.separated(segment_ids)
     place = starts[:, None] + jnp.arange(count)
     rotation = policy.rotation_of(config, cut(positions))
     x, embedded, segments = cut(inputs), cut(embedded), cut(segment_ids)
@@ -233,16 +238,16 @@ def packed_steps(
     results: list[tuple[jax.Array, jax.Array]] = []
     for back in range(steps):
         exists = (_shift(segments, back) == segments) & (jnp.arange(count) >= back)
-        visible = mask & (jnp.arange(segment_ids.shape[1]) <= place[..., None] - back)
+        seen = attention.Reach(cut(separated), place - back, separated)
 
-        def attend(q, k, v, back=back, visible=visible):
+        def attend(q, k, v, back=back, seen=seen):
             if back > 0:
                 own.append((k, v))
             moved = [
                 (_shift(k, back - depth), _shift(v, back - depth))
                 for depth, (k, v) in enumerate(own, start=1)
             ]
-            return attention.packed(q, keys, values, visible, own=moved)
+            return attention.packed(q, keys, values, seen, own=moved)
 
         x = policy.layer(params["layer"], config, x, rotation, attend)
         estimates = policy.rms_norm(x, params["norm"], config.norm_eps)

@@ -6,13 +6,13 @@ had begun there (`drafter.packed_steps`), and at the target's own distribution f
 Axes: M packed rows, C tokens of each that count, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import drafter, kv_cache, losses, policy, sampling, sharding
+from tlt_jax import blocks, drafter, kv_cache, losses, policy, sampling, sharding
 from tlt_jax.buffer import Microbatch
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.types import SamplingParams
@@ -22,13 +22,15 @@ LEAST_ACCEPTANCE = 1e-9
 
 
 class _Drafts(NamedTuple):
-    """What the drafter gives at one draft depth, and what it should be."""
+    """What the drafter gives at the draft depths, and what it should be."""
 
-    logits: jax.Array  # [M, C, V]
-    target_logits: jax.Array  # [M, C, V]
-    estimates: jax.Array  # [M, C, D], of the target's final hidden states
+    estimates: tuple[jax.Array, ...]  # [M, C, D] each, of the target's final hidden states
     hidden: jax.Array  # [M, C, D], these
-    weights: jax.Array  # [M, C] float32, 1 where there is such a draft
+    weights: tuple[jax.Array, ...]  # [M, C] float32 each, 1 where there is such a draft
+
+
+Term = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of draft and target logits [M, C, V], estimated and true hidden states [M, C, D]: [M, C]."""
 
 
 def loss_sum(
@@ -51,18 +53,22 @@ def loss_sum(
 
     No gradient reaches the target's embedding and head. Returns the sum and how many terms it has.
     """
-    loss, count = jnp.float32(0), jnp.float32(0)
-    for drafts in _drafts(
-        params, target_params, policy_config, config, microbatch, config.train_depth
-    ):
+
+    def term(logits, target_logits, estimates, hidden):
         if config.objective == "acceptance":
-            terms = -jnp.log(jnp.maximum(_acceptance(drafts, sampling_params), LEAST_ACCEPTANCE))
+            accepted = _acceptance(logits, target_logits, sampling_params)
+            found = -jnp.log(jnp.maximum(accepted, LEAST_ACCEPTANCE))
         else:
-            terms = losses.soft_cross_entropy(drafts.logits, drafts.target_logits)
+            found = losses.soft_cross_entropy(logits, target_logits)
         if config.objective != "eagle3":
-            terms += config.feature_loss_weight * losses.smooth_l1(drafts.estimates, drafts.hidden)
-        loss += jnp.sum(terms * drafts.weights)
-        count += jnp.sum(drafts.weights)
+            found += config.feature_loss_weight * losses.smooth_l1(estimates, hidden)
+        return found
+
+    drafts = _drafts(params, target_params, policy_config, config, microbatch, config.train_depth)
+    sums = _weighted_sums(term, target_params, policy_config, drafts)
+    loss, count = jnp.float32(0), jnp.float32(0)
+    for of_depth, number in sums:
+        loss, count = loss + of_depth, count + number
     return loss, count
 
 
@@ -84,21 +90,40 @@ def acceptance_sums(
     Returns:
       Summed probabilities and their number at each draft depth, [depth] float32 both.
     """
-    found = _drafts(params, target_params, policy_config, config, microbatch, depth)
-    sums = [
-        (jnp.sum(_acceptance(drafts, sampling_params) * drafts.weights), jnp.sum(drafts.weights))
-        for drafts in found
-    ]
+
+    def term(logits, target_logits, *_):
+        return _acceptance(logits, target_logits, sampling_params)
+
+    drafts = _drafts(params, target_params, policy_config, config, microbatch, depth)
+    sums = _weighted_sums(term, target_params, policy_config, drafts)
     accepted, counted = zip(*sums, strict=True)
     return jnp.stack(accepted), jnp.stack(counted)
 
 
-def _acceptance(drafts: _Drafts, sampling_params: SamplingParams) -> jax.Array:
-    """Probability [M, C] that a draft is accepted."""
+def _acceptance(
+    logits: jax.Array, target_logits: jax.Array, sampling_params: SamplingParams
+) -> jax.Array:
+    """Probability [M, C] that a draft is accepted, from [M, C, V] each."""
     rejection = sampling_params.rejection
     accepted = losses.rejection_acceptance if rejection else losses.coupled_acceptance
-    drawn = (drafts.logits, drafts.target_logits)
-    return accepted(*(sampling.scaled(logits, sampling_params) for logits in drawn))
+    return accepted(*(sampling.scaled(x, sampling_params) for x in (logits, target_logits)))
+
+
+def _weighted_sums(
+    term: Term, target_params: Any, policy_config: PolicyConfig, drafts: _Drafts
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Sum of a term over the drafts of each depth, and their number; logits exist by block."""
+    target_params = jax.lax.stop_gradient(target_params)
+
+    def terms(estimates: tuple[jax.Array, ...], hidden: jax.Array) -> list[jax.Array]:
+        target_logits = policy.logits(target_params, hidden)
+        return [term(policy.logits(target_params, x), target_logits, x, hidden) for x in estimates]
+
+    rows, count, _ = drafts.hidden.shape
+    size = blocks.size(count, rows * policy_config.vocab_size)
+    found = blocks.over_tokens(terms, (drafts.estimates, drafts.hidden), size)
+    pairs = zip(found, drafts.weights, strict=True)
+    return [(jnp.sum(of_depth * weights), jnp.sum(weights)) for of_depth, weights in pairs]
 
 
 def _drafts(
@@ -108,7 +133,7 @@ def _drafts(
     config: DrafterConfig,
     microbatch: Microbatch,
     depth: int,
-) -> Iterator[_Drafts]:
+) -> _Drafts:
     """Drafts at depth 1 .. `depth` over `config.microbatch_tokens` tokens of each row."""
     target_params = jax.lax.stop_gradient(target_params)
     params = sharding.cast(params, policy_config.dtype)
@@ -136,7 +161,8 @@ def _drafts(
     )
     hidden = kv_cache.take_rows(pairs.target_features, starts, count)[..., -policy_config.width :]
     counted = kv_cache.take_rows(pairs.weights, starts, count)
-    target_logits = policy.logits(target_params, hidden)
-    for estimates, exists in steps:
-        logits = policy.logits(target_params, estimates)
-        yield _Drafts(logits, target_logits, estimates, hidden, counted * exists)
+    return _Drafts(
+        estimates=tuple(estimates for estimates, _ in steps),
+        hidden=hidden,
+        weights=tuple(counted * exists for _, exists in steps),
+    )

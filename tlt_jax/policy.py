@@ -8,13 +8,15 @@ missing when embeddings are tied. Queries, keys and values of a kv head lie toge
 [D, K, G + 2, H], so that one matmul makes them and one axis shards them.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import attention, kv_cache, rope
+from tlt_jax import attention, blocks, kv_cache, rope
 from tlt_jax.config import PolicyConfig
 from tlt_jax.kv_cache import LayerCache
 from tlt_jax.sharding import ParamSpec, tree_init
@@ -99,13 +101,23 @@ def layer(
     with jax.named_scope("attention"):
         q, k, v = _project(params, config, x, rotation, config.group)
         q = q.reshape(batch, count, config.num_heads, config.head_size)
-        mixed = attend(q, k, v)
+        mixed = attend(q, k, v).reshape(batch, count, -1)
+    # Rows do not count here: a verifying pass of many should read the weights once.
+    size = blocks.size(count, 2 * params["down"].shape[0])
+    return blocks.over_tokens(functools.partial(_after_attention, params, config), (x, mixed), size)
+
+
+def _after_attention(
+    params: dict[str, jax.Array], config: PolicyConfig, x: jax.Array, mixed: jax.Array
+) -> jax.Array:
+    """The rest of a layer on the residual stream [B, T, D]; `mixed` is [B, T, N * H]."""
+    with jax.named_scope("attention"):
         # Two-dimensional matmuls on purpose: from an einsum XLA:CPU permutes weights every token.
-        x = x + mixed.reshape(batch, count, -1) @ params["out"].reshape(-1, config.width)
+        x = x + mixed @ params["out"].reshape(-1, config.width)
     with jax.named_scope("ffn"):
         normed = rms_norm(x, params["ffn_norm"], config.norm_eps)
         gate_up = (normed @ params["gate_up"].reshape(config.width, -1)).reshape(
-            batch, count, *params["gate_up"].shape[1:]
+            *x.shape[:2], *params["gate_up"].shape[1:]
         )
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return x + hidden @ params["down"]
@@ -123,19 +135,24 @@ def _project(
     Of each kv head's query heads the last `group` are made.
     """
     first = config.group - group
-    normed = rms_norm(x, params["attention_norm"], config.norm_eps)
     weights = params["qkv"][:, :, first:]
-    qkv = normed @ weights.reshape(config.width, -1)
-    qkv = qkv.reshape(*x.shape[:2], *weights.shape[1:])  # [B, T, K, group + 2, H]
-    if config.qkv_bias:
-        qkv = qkv + params["qkv_bias"][None, None, :, first:]
-    # Queries and the key of a kv head are normed and rotated as one array: fewer, larger ops.
-    queries_and_key, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
-    if config.qk_norm:
-        gains = [params["q_norm"]] * group + [params["k_norm"]]
-        queries_and_key = rms_norm(queries_and_key, jnp.stack(gains), config.norm_eps)
-    rotated = rope.rotate(queries_and_key, *rotation)
-    return rotated[:, :, :, :-1], rotated[:, :, :, -1], v
+
+    def project(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, ...]:
+        normed = rms_norm(x, params["attention_norm"], config.norm_eps)
+        qkv = normed @ weights.reshape(config.width, -1)
+        qkv = qkv.reshape(*x.shape[:2], *weights.shape[1:])  # [B, T, K, group + 2, H]
+        if config.qkv_bias:
+            qkv = qkv + params["qkv_bias"][None, None, :, first:]
+        # Queries and the key of a kv head are normed and rotated as one array: fewer, larger ops.
+        queries_and_key, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+        if config.qk_norm:
+            gains = [params["q_norm"]] * group + [params["k_norm"]]
+            queries_and_key = rms_norm(queries_and_key, jnp.stack(gains), config.norm_eps)
+        rotated = rope.rotate(queries_and_key, cos, sin)
+        return rotated[:, :, :, :-1], rotated[:, :, :, -1], v
+
+    size = blocks.size(x.shape[1], math.prod(weights.shape[1:]))
+    return blocks.over_tokens(project, (x, *rotation), size)
 
 
 def keys_and_values(
@@ -261,10 +278,10 @@ def packed_forward(
     Returns:
       Final hidden states and features as of `trunk`.
     """
-    mask = attention.packed_mask(segment_ids)
+    seen = attention.reach(segment_ids)
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.packed(q, k, v, mask)
+        return attention.packed(q, k, v, seen)
 
     return trunk(params, config, tokens, positions, attend)
 
