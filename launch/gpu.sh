@@ -36,5 +36,5 @@ run_on cuda "JAX's devices" -c 'import jax; print(jax.__version__, jax.devices()
 run_on cpu "Tests" -m pytest
 run_on cuda "Training" -m tlt_jax.train --config=$config --workdir="$workdir" "$@"
 run_on cuda "Benchmark" -m tlt_jax.benchmark --config=$config --workdir="$workdir" \
-  --config.benchmark.parts="('batch','tail','queue','grid','drafts','broken','memory')" "$@"
+  --config.benchmark.parts="('batch','tail','queue','grid','drafts','broken','memory','trainer')" "$@"
 echo "Done. Read $workdir/summary.md and $workdir/benchmark.json"
