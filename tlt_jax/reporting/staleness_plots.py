@@ -86,7 +86,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
 
 def overview(runs: Runs) -> Figure:
     """Accept length by step, and below acceptance by draft position at the end, by drift."""
-    figure = Figure(figsize=(4.0 * len(runs) + 1.2, 7.4))
+    figure = Figure(figsize=(3.6 * len(runs) + 1.6, 7.4))
     above, below = figure.subplots(2, len(runs), squeeze=False, sharey="row")
     for column, (rate, of_rate) in enumerate(runs.items()):
         lengths, shares = above[column], below[column]
@@ -105,8 +105,11 @@ def overview(runs: Runs) -> Figure:
         for axes in (lengths, shares):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")
-            axes.label_outer()
-    figure.legend(*below[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+            if column > 0:
+                axes.set_ylabel("")
+    columns = min(1 + len(runs), 4)
+    handles = below[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -155,7 +158,7 @@ def _line(axes: Axes, index: int, values: np.ndarray, label: str) -> None:
     axes.plot(steps, smooth.mean(axis=0), label=label, color=colour, linestyle=line)
     if len(values) > 1:
         bounds = smooth.min(axis=0), smooth.max(axis=0)
-        axes.fill_between(steps, *bounds, color=colour, alpha=0.1, linewidth=0)
+        axes.fill_between(steps, *bounds, color=colour, alpha=0.07, linewidth=0)
 
 
 def _by_position(
