@@ -12,7 +12,7 @@ import toy_engine
 from toy_engine import DRAFTER, NEVER, SHAPE
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import objectives, policy, row_programs, sampling, sharding, spot_training
+from tlt_jax import objectives, policy, row_programs, sharding, spot_training
 from tlt_jax.budget import Block
 from tlt_jax.buffer import Microbatch
 from tlt_jax.chunk import TRAINING_STREAM, ChunkKind
@@ -224,9 +224,7 @@ def test_the_update_is_that_of_all_microbatches_at_once(programs, target):
 
     @jax.jit
     def mean_loss(params, microbatch: Microbatch):
-        loss, pairs = objectives.loss_sum(
-            params, models, SHAPE, DRAFTER, sampling.params_of(toy_engine.ROLLOUT), microbatch
-        )
+        loss, pairs = objectives.loss_sum(params, models, SHAPE, DRAFTER, microbatch)
         return loss / pairs
 
     loss, gradients = jax.value_and_grad(mean_loss)(params, whole)

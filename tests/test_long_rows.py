@@ -58,7 +58,7 @@ def _assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("tokens", [W, 7], ids=["whole rows", "parts"])
-@pytest.mark.parametrize("objective", ["hass", "eagle3", "acceptance"])
+@pytest.mark.parametrize("objective", ["hass", "eagle3"])
 def test_loss_and_gradients_do_not_depend_on_blocks(
     monkeypatch, params, target, tiny_config, microbatch, objective, tokens
 ):
@@ -66,7 +66,7 @@ def test_loss_and_gradients_do_not_depend_on_blocks(
     given = microbatch.replace(starts=jnp.array([0, W - tokens], jnp.int32))
 
     def run(params):
-        return objectives.loss_sum(params, target, tiny_config, config, SAMPLING, given)
+        return objectives.loss_sum(params, target, tiny_config, config, given)
 
     gradient = jax.value_and_grad(run, has_aux=True)
     ((loss, count), gradients), found = _both(monkeypatch, gradient, params)
@@ -153,7 +153,6 @@ def _temporaries(row_length, tokens, *, what):
     config = DrafterConfig(
         ffn_width=512, row_length=row_length, microbatch_tokens=tokens, train_depth=1
     )
-    config = dataclasses.replace(config, objective=what if what == "acceptance" else "hass")
     target = jax.eval_shape(functools.partial(policy.init, SHAPE), jax.random.key(0))
     params = jax.eval_shape(functools.partial(drafter.init, SHAPE, config), jax.random.key(0))
     number = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
@@ -167,16 +166,16 @@ def _temporaries(row_length, tokens, *, what):
     )
 
     def gradient(params, target, given):
-        arguments = (params, target, SHAPE, config, SAMPLING, given)
+        shared = params, target, SHAPE, config
         if what == "forward":
-            return objectives.acceptance_sums(*arguments, depth=1)
-        return jax.grad(objectives.loss_sum, has_aux=True)(*arguments)
+            return objectives.acceptance_sums(*shared, SAMPLING, given, depth=1)
+        return jax.grad(objectives.loss_sum, has_aux=True)(*shared, given)
 
     compiled = jax.jit(gradient).lower(params, target, given).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("what", ["hass", "acceptance", "forward"])
+@pytest.mark.parametrize("what", ["gradient", "forward"])
 def test_memory_grows_with_the_length_of_a_row_and_not_faster(monkeypatch, what):
     """Four times the row takes at most about four times the memory, and nothing [T, V] or [T, T].
 

@@ -24,7 +24,7 @@ from tlt_jax.types import INVALID, UserError
 
 CONFIG = toy_run.changed(
     toy_run.CONFIG,
-    drafter={"objective": "acceptance", "train_depth": 2},
+    drafter={"objective": "hass", "train_depth": 2},
     warm_start={
         "responses": 20,
         "drafter_steps": 60,

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tlt_jax import buffer as buffer_lib
-from tlt_jax import drafter, objectives, policy, sampling, sharding, spot_training
+from tlt_jax import drafter, objectives, policy, sharding, spot_training
 from tlt_jax.buffer import Microbatch
 from tlt_jax.config import DrafterConfig, MeshConfig, PolicyConfig
 from tlt_jax.spot_training import GradientSum
@@ -26,7 +26,6 @@ CONFIG = DrafterConfig(
     microbatch_tokens=8,
     train_depth=2,
 )
-SAMPLING = sampling.make_params(0.8, 0, 1.0, filtered=False)
 TX = spot_training.optimizer(CONFIG)
 W, D = CONFIG.row_length, 16
 SEGMENTS = np.array([[4, 4, 4, 7, 7, 7, 7, -1], [5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
@@ -43,7 +42,7 @@ def _evaluate(params, target, policy_config, microbatch):
     """(loss, terms), and the loss's gradients with respect to the drafter and to the target."""
 
     def loss(params, target):
-        return objectives.loss_sum(params, target, policy_config, CONFIG, SAMPLING, microbatch)
+        return objectives.loss_sum(params, target, policy_config, CONFIG, microbatch)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, target)
 
@@ -90,24 +89,20 @@ def _filled(sequences, *lengths, first=0):
 
 def _accumulate(params, target, policy_config, buffer, key, count):
     """Sum of `count` microbatches, drawn by the key and their number."""
-    given = params, target, policy_config, CONFIG, SAMPLING, buffer, key
+    given = params, target, policy_config, CONFIG, buffer, key
     numbers = {"first": jnp.int32(0), "count": jnp.int32(count)}
     total, taken = _add_samples(spot_training.zero_sum(params), *given, **numbers)
     assert int(taken) == (count if int(buffer.filled) else 0)
     return total
 
 
-def _disagreement(objective, logits, target_logits):
-    """What one term of an objective is, by its definition."""
-    if objective == "acceptance":
-        q, p = (np.exp(x / 0.8) / np.sum(np.exp(x / 0.8)) for x in (logits, target_logits))
-        sums = [np.sum(np.maximum(p / p[i], q / q[i])) for i in range(len(p))]
-        return -np.log(np.sum(1 / np.array(sums)))
+def _cross_entropy(logits, target_logits):
+    """By its definition, of one draft."""
     probs = np.exp(target_logits) / np.sum(np.exp(target_logits))
     return -probs @ (logits - np.log(np.sum(np.exp(logits))))
 
 
-@pytest.mark.parametrize("objective", ["hass", "eagle3", "acceptance"])
+@pytest.mark.parametrize("objective", ["hass", "eagle3"])
 def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, microbatch, objective):
     embedded = policy.embed(target, jnp.roll(microbatch.tokens, -1, axis=1))
     given = (microbatch.features, embedded, POSITIONS, SEGMENTS, microbatch.starts)
@@ -122,11 +117,11 @@ def test_the_loss_is_the_naive_sum_over_pairs(params, target, tiny_config, micro
         estimate, truth = estimates[depth][row, t], features[row, t + 1]
         distance = np.abs(estimate - truth)
         smooth = np.mean(np.where(distance < 1, distance**2 / 2, distance - 0.5))
-        expected += _disagreement(objective, estimate @ head, truth @ head)
+        expected += _cross_entropy(estimate @ head, truth @ head)
         expected += CONFIG.feature_loss_weight * smooth * (objective != "eagle3")
         count += 1
     config = dataclasses.replace(CONFIG, objective=objective)
-    loss, weight = _loss(params, target, tiny_config, config, SAMPLING, microbatch)
+    loss, weight = _loss(params, target, tiny_config, config, microbatch)
     assert count == 21 and float(weight) == 21  # 12 pairs, of which 9 have one before them
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -137,8 +132,8 @@ def test_of_several_hidden_states_the_last_is_the_target(params, target, tiny_co
     other = jax.random.normal(jax.random.key(8), microbatch.features.shape)
     wide = microbatch.replace(features=jnp.concatenate([other, microbatch.features], axis=-1))
     reading = {"read_norm": jnp.ones((2, D)), "read": jnp.stack([jnp.zeros((D, D)), jnp.eye(D)])}
-    found = _loss(params | reading, target, config, CONFIG, SAMPLING, wide)
-    expected = _loss(params, target, tiny_config, CONFIG, SAMPLING, microbatch)
+    found = _loss(params | reading, target, config, CONFIG, wide)
+    expected = _loss(params, target, tiny_config, CONFIG, microbatch)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -182,10 +177,10 @@ def test_the_parts_of_a_row_add_up_to_what_they_hold(params, target, tiny_config
         config = dataclasses.replace(CONFIG, train_depth=1, microbatch_tokens=4)
         starts = jnp.full(2, start, jnp.int32)
         moved = microbatch.replace(starts=starts)
-        return _loss(params, target, tiny_config, config, SAMPLING, moved)
+        return _loss(params, target, tiny_config, config, moved)
 
     shallow = dataclasses.replace(CONFIG, train_depth=1)
-    whole = _loss(params, target, tiny_config, shallow, SAMPLING, microbatch)
+    whole = _loss(params, target, tiny_config, shallow, microbatch)
     (loss, pairs), (more, others) = part(0), part(4)
     assert (pairs, others) == (3 + 4, 2 + 3) and float(whole[1]) == 12
     np.testing.assert_allclose(loss + more, whole[0], rtol=1e-5)
@@ -222,7 +217,6 @@ def test_unequal_slices_add_up_to_one_slice(params, target, tiny_config, sequenc
                 target,
                 tiny_config,
                 CONFIG,
-                SAMPLING,
                 jax.tree.map(lambda x: x[0], buffer),
                 own_key,
                 first=jnp.int32(first),

@@ -52,9 +52,9 @@ DRAFTER = DrafterConfig(
     train_depth=1,
     rounds_per_microbatch=(2, 1),
 )
-# The same policy with features of two layers, for a drafter that learns to be accepted.
+# The same policy with features of two layers, for a drafter that reads both.
 FUSED = dataclasses.replace(SHAPE, feature_layers=(0,))
-ACCEPTED = dataclasses.replace(DRAFTER, objective="acceptance", train_depth=2)
+FUSED_DRAFTER = dataclasses.replace(DRAFTER, objective="eagle3", train_depth=2)
 # Two row buckets with a depth each, and two length buckets.
 ROLLOUT = RolloutConfig(
     prompts_per_step=2,
@@ -265,7 +265,7 @@ _KINDS = {
         "library_texts": 8,
     },
     "fused": {
-        **{"policy": FUSED, "drafter": ACCEPTED, "row_buckets": (2,), "length_buckets": (48,)},
+        **{"policy": FUSED, "drafter": FUSED_DRAFTER, "row_buckets": (2,), "length_buckets": (48,)},
         **{"strategies": ("chain-2",)},
     },
     "queue": {"row_buckets": (2,), "strategies": ("chain-2",)},

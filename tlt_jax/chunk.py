@@ -35,7 +35,7 @@ from tlt_jax.speculation import (
     zero_stats,
 )
 from tlt_jax.spot_training import DrafterState, GradientSum
-from tlt_jax.types import SamplingParams, Strategy
+from tlt_jax.types import Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +145,7 @@ def _chunk(
         work = dataclasses.replace(work, total=spot_training.zero_sum(state.params))
         key = jax.random.fold_in(sampler.key, TRAINING_STREAM)
         key = jax.random.fold_in(key, orders.index)
-        train = functools.partial(
-            _train, state.params, target, config, drafter_config, sampler.params, key
-        )
+        train = functools.partial(_train, state.params, target, config, drafter_config, key)
         work = run_blocks(roll, train, orders, work)
         assert work.total is not None
         state, loss = _update(drafter_config, state, work.total)
@@ -265,7 +263,6 @@ def _train(
     target: Any,
     config: PolicyConfig,
     drafter_config: DrafterConfig,
-    sampling_params: SamplingParams,
     key: jax.Array,
     work: SliceWork,
     first: jax.Array,
@@ -281,7 +278,6 @@ def _train(
             target,
             config,
             drafter_config,
-            sampling_params,
             work.buffer,
             key,
             first=first,

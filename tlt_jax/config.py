@@ -185,8 +185,7 @@ class DrafterConfig:
 
     `objective` is what it learns at draft depths 1 .. `train_depth`, in inference's own attention
     pattern (see `objectives.loss_sum`): "eagle" (at depth 1) and "hass" the target's
-    distribution and features, "eagle3" the distribution alone, "acceptance" how likely a draft is
-    to be accepted.
+    distribution and features, "eagle3" the distribution alone.
 
     A microbatch is `microbatch_tokens` tokens of each of `microbatch_rows` packed rows.
     The buffer takes up to `buffer_megabytes` (10^6 bytes) of each slice. Without `store_features`

@@ -17,9 +17,6 @@ from tlt_jax.buffer import Microbatch
 from tlt_jax.config import DrafterConfig, PolicyConfig
 from tlt_jax.types import SamplingParams
 
-LEAST_ACCEPTANCE = 1e-9
-"""What is less likely to be accepted gives "acceptance" no gradient, and no infinity."""
-
 
 class _Drafts(NamedTuple):
     """What the drafter gives at the draft depths, and what it should be."""
@@ -38,7 +35,6 @@ def loss_sum(
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
-    sampling_params: SamplingParams,
     microbatch: Microbatch,
 ) -> tuple[jax.Array, jax.Array]:
     """The objective, summed over `config.microbatch_tokens` tokens of each row and draft depths.
@@ -47,19 +43,13 @@ def loss_sum(
 
     - "eagle" (arXiv 2401.15077, section 3.2) and "hass" (arXiv 2408.15766): cross-entropy against
       the target's distribution, plus smooth-L1 between estimated and true final hidden state;
-    - "eagle3" (arXiv 2503.01840, section 3.1): the cross-entropy alone;
-    - "acceptance": the negative log-probability that the draft is accepted, as the rollout samples
-      (`sampling_params`) and verifies, plus the same smooth-L1.
+    - "eagle3" (arXiv 2503.01840, section 3.1): the cross-entropy alone.
 
     No gradient reaches the target's embedding and head. Returns the sum and how many terms it has.
     """
 
     def term(logits, target_logits, estimates, hidden):
-        if config.objective == "acceptance":
-            accepted = _acceptance(logits, target_logits, sampling_params)
-            found = -jnp.log(jnp.maximum(accepted, LEAST_ACCEPTANCE))
-        else:
-            found = losses.soft_cross_entropy(logits, target_logits)
+        found = losses.soft_cross_entropy(logits, target_logits)
         if config.objective != "eagle3":
             found += config.feature_loss_weight * losses.smooth_l1(estimates, hidden)
         return found

@@ -113,7 +113,6 @@ def drafter_step(
         target_params,
         config.policy,
         config.drafter.on_whole_rows(microbatch.tokens.shape[1]),
-        sampling.params_of(config.rollout),
         microbatch,
     )
     state = spot_training.apply(drafter_optimizer(config), state, total)

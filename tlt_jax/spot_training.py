@@ -15,7 +15,6 @@ from flax import struct
 from tlt_jax import objectives, sharding
 from tlt_jax.buffer import DrafterBuffer, Microbatch, sample
 from tlt_jax.config import DrafterConfig, PolicyConfig
-from tlt_jax.types import SamplingParams
 
 
 @struct.dataclass
@@ -69,12 +68,11 @@ def add_microbatch(
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
-    sampling_params: SamplingParams,
     microbatch: Microbatch,
 ) -> GradientSum:
     """Adds one microbatch's gradient to a sum."""
     (loss, weight), gradients = jax.value_and_grad(objectives.loss_sum, has_aux=True)(
-        params, target_params, policy_config, config, sampling_params, microbatch
+        params, target_params, policy_config, config, microbatch
     )
     return GradientSum(
         gradients=jax.tree.map(lambda a, b: a + b.astype(a.dtype), total.gradients, gradients),
@@ -89,7 +87,6 @@ def add_samples(
     target_params: Any,
     policy_config: PolicyConfig,
     config: DrafterConfig,
-    sampling_params: SamplingParams,
     buffer: DrafterBuffer,
     key: jax.Array,
     *,
@@ -107,9 +104,7 @@ def add_samples(
         rows, tokens = config.microbatch_rows, config.microbatch_tokens
         own = jax.random.fold_in(key, first + index)
         microbatch = sample(buffer, own, rows=rows, tokens=tokens)
-        return add_microbatch(
-            total, params, target_params, policy_config, config, sampling_params, microbatch
-        )
+        return add_microbatch(total, params, target_params, policy_config, config, microbatch)
 
     return jax.lax.fori_loop(0, count, add, total), count
 

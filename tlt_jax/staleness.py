@@ -58,7 +58,6 @@ class Lesson(NamedTuple):
     """What all drafters learn from after a step, on the host."""
 
     heads: Any  # as of `heads`
-    sampler: SamplingParams
     rows: DrafterBuffer
     key: jax.Array  # of the draws of microbatches, the same for all
 
@@ -150,7 +149,7 @@ def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]
             shown = draft_replay.show(config, mesh, target, key, outcome.responses)
             judged = {student.name: judge(config, student, sampler, shown) for student in students}
             rows = newest(rows, shown.batches)
-            lesson = Lesson(heads(target), sampler, rows, machinery.step_key(LESSON_STREAM + step))
+            lesson = Lesson(heads(target), rows, machinery.step_key(LESSON_STREAM + step))
             learned = study(students, lesson)
             yield {
                 "learning_rate": rate,
@@ -230,7 +229,7 @@ def take_updates(student: Student, lesson: Lesson) -> tuple[DrafterState, jax.Ar
     """The drafter's state after its updates, and the mean loss; returns before they are done."""
     if student.updates == 0:
         return student.state, jnp.float32(0)
-    given = jax.device_put((lesson.heads, lesson.sampler, lesson.rows, lesson.key), student.device)
+    given = jax.device_put((lesson.heads, lesson.rows, lesson.key), student.device)
     return _updated(student.state, *given, student.policy, student.config, updates=student.updates)
 
 
@@ -238,7 +237,6 @@ def take_updates(student: Student, lesson: Lesson) -> tuple[DrafterState, jax.Ar
 def _updated(
     state: DrafterState,
     target: Any,
-    sampler: SamplingParams,
     rows: DrafterBuffer,
     key: jax.Array,
     config: PolicyConfig,
@@ -259,7 +257,6 @@ def _updated(
             target,
             config,
             drafter_config,
-            sampler,
             rows,
             key,
             first=index,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import packing, policy, sampling, setup, spot_training
+from tlt_jax import packing, policy, setup, spot_training
 from tlt_jax.buffer import DrafterBuffer, Microbatch
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import RunConfig
@@ -287,10 +287,7 @@ def _add(
     total: GradientSum, params: Any, target: Any, microbatch: Microbatch, config: RunConfig
 ) -> GradientSum:
     whole = config.drafter.on_whole_rows(microbatch.tokens.shape[1])
-    sampler = sampling.params_of(config.rollout)
-    return spot_training.add_microbatch(
-        total, params, target, config.policy, whole, sampler, microbatch
-    )
+    return spot_training.add_microbatch(total, params, target, config.policy, whole, microbatch)
 
 
 def update(
@@ -334,7 +331,6 @@ def draw_and_add(
         target,
         config.policy,
         config.drafter,
-        sampling.params_of(config.rollout),
         buffer,
         key,
         first=jnp.int32(0),

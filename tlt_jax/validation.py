@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tlt_jax.config import MeshConfig, PolicyConfig, RolloutConfig, RunConfig, nearest
 from tlt_jax.types import Strategy, UserError
 
-OBJECTIVES = ("eagle", "hass", "eagle3", "acceptance")
+OBJECTIVES = ("eagle", "hass", "eagle3")
 
 
 def _require(condition: bool, sentence: str) -> None:

@@ -19,6 +19,6 @@ def get_config() -> config_dict.ConfigDict:
     config.staleness.learning_rates = (1e-4, 3e-4, 5e-4)
     config.staleness.seeds = (0, 1, 2)
     config.staleness.drafters = (
-        "frozen", "hass-512", "eagle-4096", "hass-4096", "eagle3-4096", "acceptance-4096",
+        "frozen", "hass-512", "eagle-4096", "hass-4096", "eagle3-4096",
     )  # fmt: skip
     return config
