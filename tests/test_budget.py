@@ -143,3 +143,13 @@ def test_a_price_that_was_too_low_is_found_out():
         took, taken = _chunk(budget.block(state, 4, CHAIN, 24), 24, 0.005, 0.01)
         state = _timed(state, took, rounds_run=(24, 0), microbatches=(0, taken))
     assert budget.price(state, 4, CHAIN) > 1.5
+
+
+def test_chunks_of_few_rounds_are_not_timed():
+    """What a chunk takes besides its rounds would make these look slow, and microbatches cheap."""
+    state = _timed(UNTIMED, 0.04)
+    short = _timed(state, 0.03, rounds_run=(3, 0))
+    assert short.known(4, str(CHAIN)).seconds == state.known(4, str(CHAIN)).seconds
+    assert short.known(4, str(CHAIN)).unclear == 1
+    long = _timed(state, 0.03, rounds_run=(budget.LEAST_ROUNDS, 0))
+    assert len(long.known(4, str(CHAIN)).seconds) == 2

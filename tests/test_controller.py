@@ -8,7 +8,7 @@ import pytest
 
 from tlt_jax import bandit, budget, dealing
 from tlt_jax.controller import FRESH, LOG_RANGE, Controller, calibrate
-from tlt_jax.types import Strategy
+from tlt_jax.types import Strategy, UserError
 
 
 def test_a_fresh_controller_leaves_estimates_alone():
@@ -62,3 +62,10 @@ def test_a_record_is_json_and_comes_back():
     timed = budget.time_microbatch(timed, 0.03)
     state = Controller(0.25, (0.1, -0.3), tried, ("trained",), history, timed)
     assert Controller.from_record(json.loads(json.dumps(state.to_record()))) == state
+
+
+def test_a_record_of_an_older_version_is_told():
+    record = FRESH.to_record()
+    del record["budget"]
+    with pytest.raises(UserError, match="of an older version, without 'budget'; begin anew"):
+        Controller.from_record(record)

@@ -51,7 +51,7 @@ def test_a_log_of_decisions_is_read_by_step(tmp_path):
 def test_what_is_no_log_of_decisions_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "reward_mean": 0.5}\n')
-    with pytest.raises(UserError, match=r"config\.replay=.*metrics\.jsonl is no log of decisions"):
+    with pytest.raises(UserError, match=r"replay=.*metrics\.jsonl is no log of decisions of this"):
         setup.load_replay(str(path))
     with pytest.raises(UserError, match=r"decisions\.jsonl does not exist"):
         setup.load_replay(str(tmp_path / "decisions.jsonl"))

@@ -58,6 +58,7 @@ def test_every_drafter_is_judged_before_it_learns_from_a_step(done):
     alike = [first[name]["accept_length"] for name in CONFIG.staleness.drafters if "3" not in name]
     assert len(set(alike)) == 1  # "eagle3" has random parameters of its own here
     assert 1 <= alike[0] <= 4 and len(first["frozen"]["accept_by_position"]) == 3
+    assert first["n-gram"]["accept_by_position"] is None
     assert len({second[name]["accept_length"] for name in second}) > 2
     assert [held["loss"] is None for held in second.values()] == [True, *[False] * 3, True]
 
@@ -127,11 +128,11 @@ def test_the_newest_rows_come_first_and_the_oldest_drop_out(config):
         held = tokens, features, segments, tokens, tokens[:, 0]
         return Microbatch(*map(jnp.asarray, held))
 
-    rows = staleness.newest(rows, [batch(1, 2)])
+    rows = staleness.with_newest(rows, [batch(1, 2)])
     assert rows.tokens[:, 0].tolist() == [1, 2, 0] and rows.filled == 2
-    rows = staleness.newest(rows, [batch(3, 0)])
+    rows = staleness.with_newest(rows, [batch(3, 0)])
     assert rows.tokens[:, 0].tolist() == [3, 1, 2] and rows.filled == 3
-    rows = staleness.newest(rows, [batch(4, 0)])
+    rows = staleness.with_newest(rows, [batch(4, 0)])
     assert rows.tokens[:, 0].tolist() == [4, 3, 1] and rows.features[:, 0, 0].tolist() == [4, 3, 1]
 
 
@@ -140,9 +141,11 @@ def test_the_newest_rows_come_first_and_the_oldest_drop_out(config):
     [
         ({"drafters": ("hess-72",)}, r"drafters has 'hess-72'; write 'frozen', or an objective"),
         ({"drafters": ("hass-100",)}, r"a multiple of the 72 tokens of an update, 'hass-72'"),
+        ({"drafters": ("hass-0",)}, r"drafters has 'hass-0'; write 'frozen'"),
+        ({"drafters": ("frozen", "frozen")}, r"drafters is .*; name each once"),
         ({"drafters": ()}, r"must name learning_rates, seeds and drafters"),
-        ({"depth": 0}, r"a depth of 1 or more"),
-        ({"depth": 40}, r"config\.rollout"),
+        ({"depth": 0}, r"staleness\.depth is 0; it must be 1 or more"),
+        ({"depth": 40}, r"one round of the deepest strategy can add 41 tokens|length_buckets"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_runs(config, tmp_path, changes, sentence):
@@ -152,24 +155,51 @@ def test_what_cannot_be_is_told_before_anything_runs(config, tmp_path, changes, 
     assert not list(tmp_path.iterdir())
 
 
-def test_lengths_and_layers_must_fit(config, tmp_path):
-    short = toy_run.changed(config, warm_start={"row_length": 144})
-    with pytest.raises(UserError, match=r"row_length is 144 and config\.drafter\.row_length 72"):
-        staleness.run(short, tmp_path)
-    narrow = toy_run.changed(config, policy={"feature_layers": ()})
-    with pytest.raises(UserError, match=r"has eagle3-72, which reads several hidden states"):
-        staleness.run(narrow, tmp_path)
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({"warm_start": {"row_length": 144}}, r"row_length is 144 and config\.drafter\.row_length"),
+        ({"policy": {"feature_layers": ()}}, r"'eagle3', which reads several hidden states"),
+        ({"rollout": {"verification": "rejection"}}, "in coupled verification alone"),
+        ({"rollout": {"shared_noise": False}}, "in coupled verification alone"),
+        ({"rollout": {"speculate": False}}, "in coupled verification alone"),
+        ({"drafter": {"store_features": False}}, "learn from stored features"),
+        ({"drafter": {"train_depth": 1}}, r"train_depth is 1, but the objective 'hass'"),
+        ({"learner": {"kl_coef": 0.0}}, "drift is not measured"),
+        ({"num_steps": 0}, "num_steps be 1 or more"),
+    ],
+)
+def test_what_would_not_be_what_it_is_called_is_refused(config, tmp_path, groups, sentence):
+    with pytest.raises(UserError, match=sentence):
+        staleness.run(toy_run.changed(config, **groups), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_experiment_is_called_by_its_name():
+def test_a_workdir_belongs_to_one_experiment(done, config):
+    """Further seeds may be asked for, other drafters or steps may not; nothing is lost by it."""
+    workdir, _ = done
+    fewer = dataclasses.replace(config.staleness, drafters=("frozen",))
+    with pytest.raises(UserError, match=r"another config\.staleness\.drafters"):
+        staleness.run(dataclasses.replace(config, staleness=fewer), workdir)
+    with pytest.raises(UserError, match=r"another config\.num_steps \(2, now 3\)"):
+        staleness.run(dataclasses.replace(config, num_steps=3), workdir)
+    assert len(list((workdir / "runs").iterdir())) == 2
+
+
+def test_an_experiment_is_called_by_its_name(monkeypatch, tmp_path):
     config = "--config=configs/experiments/drafter_staleness.py"
     found = ablate.with_config(["ablate", "drafter_staleness", "--workdir=w"])
     assert found == ["ablate", config, "--workdir=w"]
+    assert ablate.with_config(["ablate", "--workdir=w", "drafter_staleness"]) == found
     own = ["ablate", "drafter_staleness", "--config=mine.py", "--config.seed=3"]
     assert ablate.with_config(own) == ["ablate", *own[2:]]
     override = [*own[:2], "--config.seed=3"]
     assert ablate.with_config(override) == ["ablate", config, "--config.seed=3"]
+    assert ablate.with_config(["ablate", "--help"]) == ["ablate", "--help"]
     with pytest.raises(UserError, match=r"no experiment 'stale': did you mean 'drafter_stalen"):
         ablate.with_config(["ablate", "stale"])
     with pytest.raises(UserError, match="name an experiment: drafter_staleness"):
         ablate.with_config(["ablate", "--workdir=w"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no configs/experiments/drafter_staleness\.py here; call"):
+        ablate.with_config(["ablate", "drafter_staleness"])

@@ -42,9 +42,7 @@ from tlt_jax.types import Strategy
 
 
 def compiles_for_tpu(test):
-    return pytest.mark.tputpu_topologies.compiled(
-        pytest.mark.parametrize("backend", ["reference", "tpu"])(test)
-    )
+    return pytest.mark.tpu_compile(pytest.mark.parametrize("backend", ["reference", "tpu"])(test))
 
 
 POLICY = PolicyConfig(

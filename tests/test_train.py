@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import toy_run
 
-from tlt_jax import train, weights
+from tlt_jax import kept_config, train, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import CheckpointConfig, MeshConfig
 from tlt_jax.controller import Controller
@@ -242,7 +242,7 @@ def test_a_workdir_of_another_run_is_refused(unbroken, config, tmp_path):
     workdir = tmp_path
     shutil.copy(unbroken[0] / "config.json", workdir)
     other = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep=5), num_steps=9)
-    train.check_config(other, workdir)
+    kept_config.check(other, workdir, may_change=train.MAY_CHANGE)
     for changes, words in (
         ({"seed": 1}, r"config\.seed \(0, now 1\)"),
         ({"mesh": MeshConfig(slices=1)}, r"config\.mesh\.slices \(2, now 1\)"),
@@ -271,4 +271,4 @@ def test_a_damaged_config_is_told(config, tmp_path):
 def test_what_does_not_fit_is_told_before_anything_is_compiled(config, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         train.train(toy_run.changed(config, **changes), tmp_path)
-    train.check_config(config, tmp_path)  # what was wrong is put right, in the same workdir
+    kept_config.check(config, tmp_path, may_change=())  # nothing is kept of what did not fit

@@ -2,8 +2,8 @@
 
 Its configuration is `configs/experiments/NAME.py`, unless `--config=` gives another.
 
-drafter_staleness   frozen and trained drafters, by objective, as the policy drifts (the paper's
-                    tables 6 and 7, figure 16)
+drafter_staleness   frozen and trained drafters, by objective, as the policy drifts (to hold against
+                    the paper's tables 6 and 7; beside its figure 16)
 """
 
 import pathlib
@@ -19,26 +19,41 @@ from tlt_jax.types import UserError
 EXPERIMENTS: dict[str, Callable[[RunConfig, pathlib.Path], None]] = {
     "drafter_staleness": staleness.run
 }
+CONFIGS = pathlib.Path("configs/experiments")
+HELP = {"help", "helpfull", "helpshort", "helpxml", "h", "?"}
 
 
 def named(argv: list[str]) -> str:
-    """The experiment that the command line names.
+    """The experiment that the command line names: its first argument that is no flag.
 
     Raises:
       UserError: it names none, or one that does not exist.
     """
-    if len(argv) < 2 or argv[1].startswith("-"):
+    names = [argument for argument in argv[1:] if not argument.startswith("-")]
+    if not names:
         raise UserError(f"name an experiment: {', '.join(EXPERIMENTS)}.")
-    if argv[1] not in EXPERIMENTS:
-        raise UserError(f"there is no experiment '{argv[1]}': {nearest(argv[1], EXPERIMENTS)}")
-    return argv[1]
+    if names[0] not in EXPERIMENTS:
+        raise UserError(f"there is no experiment '{names[0]}': {nearest(names[0], EXPERIMENTS)}")
+    return names[0]
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """The command line with the experiment's configuration in place of its name."""
-    name, rest = named(argv), argv[2:]
-    given = any(argument.split("=")[0].lstrip("-") == "config" for argument in rest)
-    return [argv[0], *([] if given else [f"--config=configs/experiments/{name}.py"]), *rest]
+    """The command line with the experiment's configuration in place of its name.
+
+    Raises:
+      UserError: as of `named`, or that configuration is not in this folder.
+    """
+    flags = {argument.split("=")[0].lstrip("-") for argument in argv[1:]}
+    if flags & HELP:
+        return argv
+    name, rest = named(argv), argv[1:]
+    rest.remove(name)
+    if "config" in flags:
+        return [argv[0], *rest]
+    path = CONFIGS / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"there is no {path} here; call this in the repository's folder.")
+    return [argv[0], f"--config={path}", *rest]
 
 
 def main(argv: list[str]) -> None:

@@ -105,8 +105,8 @@ def _kernel_in_blocks(
             f"the TPU kernel; verify at most {block} tokens."
         )
     starts = range(0, count, block)
-    blocks = [attend(q[:, start : start + block], k, v, lengths + start) for start in starts]
-    return jnp.concatenate(blocks, axis=1)
+    mixed = [attend(q[:, start : start + block], k, v, lengths + start) for start in starts]
+    return jnp.concatenate(mixed, axis=1)
 
 
 class Reach(NamedTuple):

@@ -127,7 +127,10 @@ def lines(finding: dict[str, Any]) -> list[dict[str, Any]]:
     )
     shared = {key: finding[key] for key in common if key in finding}
     many = next(finding[key] for key in kinds if key in finding)
-    return [shared | _flat(one) for one in many]
+    found = [shared | _flat(one) for one in many]
+    if "training" in finding:  # of the last side, against the one before
+        found[-1] |= finding["training"]
+    return found
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

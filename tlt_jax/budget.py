@@ -32,6 +32,8 @@ CLEAR = 0.75
 With more, it may have been the microbatches that the chunk's blocks waited for. Taken for rounds,
 they would seem to have room for more microbatches, and those for still more.
 """
+LEAST_ROUNDS = 4
+"""Rounds of a shorter chunk are not timed: much of its time is that of the chunk itself."""
 STALE = 16
 """After so many chunks that were not clear, one is made so."""
 
@@ -157,7 +159,7 @@ def time_rounds(
     """
     known, most = budget.known(rows, str(strategy)), max(rounds_run)
     each = statistics.median(budget.microbatches) if budget.microbatches else math.inf
-    clear = all(
+    clear = most >= LEAST_ROUNDS and all(
         taken == 0 or taken * each <= CLEAR * seconds * (1 - rounds / most)
         for rounds, taken in zip(rounds_run, microbatches, strict=True)
     )

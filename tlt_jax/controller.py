@@ -12,6 +12,7 @@ from typing import Any
 from tlt_jax.bandit import UNTRIED, Bandit
 from tlt_jax.budget import UNTIMED, Budget
 from tlt_jax.dealing import NO_HISTORY, LengthHistory
+from tlt_jax.types import UserError
 
 RATE = 2.0
 """Change of log sharpness per unit of acceptance that was over- or underestimated."""
@@ -58,7 +59,16 @@ class Controller:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Controller":
-        """Undoes `to_record`."""
+        """Undoes `to_record`.
+
+        Raises:
+          UserError: the record is of a version that knew less.
+        """
+        if missing := {"budget", "history", "broken", "bandit"} - record.keys():
+            raise UserError(
+                f"the checkpoint is of an older version, without '{min(missing)}'; begin anew in "
+                "another --workdir."
+            )
         return cls(
             record["idle_credit"],
             tuple(record["log_sharpness"]),

@@ -96,7 +96,7 @@ def hits(
     """Whether drafts are right where those before them are, [d, M, T] bool.
 
     Entry (j, m, t) is of the token at t, as the draft at position j + 1 of a round whose pending
-    token is at t - j - 1.
+    token is at t - j - 1. Nothing is drafted for the first two tokens of a sequence.
 
     Args:
       params: drafter parameters.
@@ -107,6 +107,7 @@ def hits(
       microbatch: whole rows; segment ids are sequence ids.
       depth: d.
     """
+    params = sharding.cast(params, config.dtype)  # as a rollout drafts with them
     segments, positions = microbatch.segment_ids, microbatch.positions
     features = narrow(microbatch.features, config)
     assert features is not None, "drafts are made from features"
@@ -130,11 +131,12 @@ def hits(
         vocab_size=config.vocab_size,
     ).reshape(*segments.shape, -1)
     drafted = jnp.roll(microbatch.tokens, -2, axis=1)  # pair t is asked for the token at t + 2
+    within = (jnp.roll(segments, -2, axis=1) == segments).at[:, -2:].set(False)
     found = []
     for estimates, exists in steps:
         processed = sampling.process_logits(policy.logits(target, estimates), sampling_params)
         right = sampling.pick(processed, noise, sampling_params) == drafted
-        found.append(jnp.roll(right & exists, 2, axis=1))
+        found.append(jnp.roll(right & exists & within, 2, axis=1))
     return jnp.stack(found)
 
 

@@ -111,7 +111,8 @@ def load_replay(path: str) -> dict[int, list[Choice]] | None:
     for record in read_jsonl(path):
         if not {"step", "strategy", "give_up_below", "block"} <= record.keys():
             raise UserError(
-                f"config.replay={path} is no log of decisions; give the decisions.jsonl of a run."
+                f"config.replay={path} is no log of decisions of this version; give the "
+                "decisions.jsonl of a run."
             )
         strategy = Strategy.parse(record["strategy"])
         block = Block(**record["block"])

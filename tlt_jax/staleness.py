@@ -6,8 +6,8 @@ RL runs of several learning rates, hence drifts of the policy, and seeds. No tok
 drafter, so each run serves all drafters: it decodes with the n-gram drafter, whose accept length is
 measured as it is, and after each step every trained drafter is judged on the step's sequences by
 what it would have drafted there (`draft_replay`). Only then does it learn from them: with the
-gradient, the buffer's sampling and the update of spot training, on as many tokens as its name says.
-They begin alike, from the drafter of the warm start.
+gradient, the buffer's sampling and the update of spot training, in as many places of the newest
+rows as its name says. All begin from the drafter that a run begins with.
 
 A run is a file `runs/rate_RATE_seed_SEED.jsonl` with a line a step. Started again, the command
 leaves alone what is complete.
@@ -25,7 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import buffer, draft_replay, sampling, setup, sharding, spot_training, validation
+from tlt_jax import (
+    buffer,
+    draft_replay,
+    kept_config,
+    sampling,
+    setup,
+    sharding,
+    spot_training,
+    validation,
+)
 from tlt_jax.buffer import DrafterBuffer, Microbatch
 from tlt_jax.config import DrafterConfig, PolicyConfig, RunConfig
 from tlt_jax.draft_replay import Shown
@@ -37,6 +46,11 @@ from tlt_jax.types import INVALID, SamplingParams, UserError
 from tlt_jax.validation import OBJECTIVES
 
 FROZEN = "frozen"
+# What may be asked for anew in a workdir: it changes no run that is there.
+MAY_CHANGE = (
+    "config.benchmark", "config.checkpoint",
+    "config.staleness.learning_rates", "config.staleness.seeds",
+)  # fmt: skip
 LESSON_STREAM = 3_000_000
 """Folded into a run's key for the draws of microbatches; steps, for tokens, stay below."""
 REPEATS = 5
@@ -66,51 +80,71 @@ def run(config: RunConfig, workdir: pathlib.Path) -> None:
     """Takes all RL runs that are not complete yet, then draws what came of them.
 
     Raises:
-      UserError: a drafter that cannot be had, or a length that does not fit the others.
+      UserError: what is asked for does not fit together, or the workdir is another experiment's.
     """
     check(config)
+    kept_config.check(config, workdir, may_change=MAY_CHANGE)
+    kept_config.keep(config, workdir)
+    paths = []
     for seed in config.staleness.seeds:
         for rate in config.staleness.learning_rates:
-            path = workdir / "runs" / f"rate_{rate:g}_seed_{seed}.jsonl"
-            if path.exists() and len(list(read_jsonl(path))) == config.num_steps:
+            paths.append(workdir / "runs" / f"rate_{rate:g}_seed_{seed}.jsonl")
+            if paths[-1].exists() and len(list(read_jsonl(paths[-1]))) == config.num_steps:
                 continue
-            path.unlink(missing_ok=True)
+            paths[-1].unlink(missing_ok=True)
             print(f"learning rate {rate:g}, seed {seed}", flush=True)
-            with contextlib.closing(JsonlWriter(path)) as log:
+            with contextlib.closing(JsonlWriter(paths[-1])) as log:
                 for record in follow(config, rate, seed):
                     log.write(record)
                     print(progress(record, config.num_steps), flush=True)
             jax.clear_caches()  # a process on CPU may hold only so many programs
-    for path in staleness_plots.write(workdir):
+    for path in staleness_plots.write(workdir, paths):
         print(f"wrote {path}", flush=True)
 
 
 def check(config: RunConfig) -> None:
-    """Refuses what would fail after hours.
+    """Refuses what would fail after hours, or would not be what it is called.
 
     Raises:
       UserError: the first impossible combination found.
     """
-    asked, lengths = config.staleness, (config.warm_start.row_length, config.drafter.row_length)
-    if not (asked.learning_rates and asked.seeds and asked.drafters) or asked.depth < 1:
-        raise UserError(
-            "config.staleness must name learning_rates, seeds and drafters, and a depth of 1 or "
-            "more."
-        )
-    for name in asked.drafters:
-        objective, _ = lessons(name, config.drafter)
-        if objective == "eagle3" and not config.policy.feature_layers:
-            raise UserError(
-                f"config.staleness.drafters has {name}, which reads several hidden states; name "
-                "the lower ones, --config.policy.feature_layers='(2, 24)'."
-            )
-    if lengths[0] != lengths[1]:
-        raise UserError(
+    asked, rollout = config.staleness, config.rollout
+    lengths = config.warm_start.row_length, config.drafter.row_length
+    for holds, sentence in (
+        (
+            asked.learning_rates and asked.seeds and asked.drafters and config.num_steps > 0,
+            "config.staleness must name learning_rates, seeds and drafters, and config.num_steps "
+            "be 1 or more.",
+        ),
+        (asked.depth >= 1, f"config.staleness.depth is {asked.depth}; it must be 1 or more."),
+        (
+            len(set(asked.drafters)) == len(asked.drafters),
+            f"config.staleness.drafters is {asked.drafters}; name each once.",
+        ),
+        (
+            rollout.speculate and not rollout.rejection and rollout.shared_noise,
+            "one rollout serves all drafters in coupled verification alone; leave "
+            "config.rollout.speculate and shared_noise True, and verification 'coupled'.",
+        ),
+        (
+            config.drafter.store_features,
+            "config.drafter.store_features is False, but drafters learn from stored features here.",
+        ),
+        (
+            config.learner.kl_coef > 0,
+            "config.learner.kl_coef is 0, so the policy's drift is not measured; set it above 0.",
+        ),
+        (
+            lengths[0] == lengths[1],
             f"config.warm_start.row_length is {lengths[0]} and config.drafter.row_length "
-            f"{lengths[1]}; this experiment packs rows once, so they must be equal."
-        )
-    rate, seed = asked.learning_rates[0], asked.seeds[0]
-    validation.validate(run_config(config, rate, seed))
+            f"{lengths[1]}; rows are packed once here, so they must be equal.",
+        ),
+    ):
+        if not holds:
+            raise UserError(sentence)
+    for name in asked.drafters:
+        validation.validate(student_config(config, name))
+    validation.validate(run_config(config, asked.learning_rates[0], asked.seeds[0]))
 
 
 def lessons(name: str, config: DrafterConfig) -> tuple[str, int]:
@@ -123,24 +157,25 @@ def lessons(name: str, config: DrafterConfig) -> tuple[str, int]:
         return config.objective, 0
     objective, _, tokens = name.partition("-")
     of_update = config.microbatch_rows * config.microbatch_tokens
-    if objective not in OBJECTIVES or not tokens.isdecimal() or int(tokens) % of_update:
+    count = int(tokens) if tokens.isdecimal() else 0
+    if objective not in OBJECTIVES or count == 0 or count % of_update:
         raise UserError(
             f"config.staleness.drafters has '{name}'; write '{FROZEN}', or an objective "
             f"({', '.join(OBJECTIVES)}) and a multiple of the {of_update} tokens of an update, "
             f"'hass-{of_update}'."
         )
-    return objective, int(tokens) // of_update
+    return objective, count // of_update
 
 
 def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]]:
     """One RL run: what each step was like, and how every drafter would have done in it."""
-    machinery, state = setup.start(run_config(config, rate, seed))
-    mesh, sampler = machinery.programs.mesh, sampling.params_of(config.rollout)
+    mesh, sampler = sharding.make_mesh(config.mesh), sampling.params_of(config.rollout)
     students = [
         enrol(config, name, mesh.devices.flat[index % mesh.devices.size])
         for index, name in enumerate(config.staleness.drafters)
     ]
     rows = empty_rows(config)
+    machinery, state = setup.start(run_config(config, rate, seed))
     with contextlib.closing(machinery):
         for step in range(config.num_steps):
             target, key = state.rollout_params, machinery.step_key(step)
@@ -148,8 +183,10 @@ def follow(config: RunConfig, rate: float, seed: int) -> Iterator[dict[str, Any]
             state = outcome.state
             shown = draft_replay.show(config, mesh, target, key, outcome.responses)
             judged = {student.name: judge(config, student, sampler, shown) for student in students}
-            rows = newest(rows, shown.batches)
+            rows = with_newest(rows, shown.batches)
             lesson = Lesson(heads(target), rows, machinery.step_key(LESSON_STREAM + step))
+            if step == 0:
+                machinery.programs.pool.wait()  # no compiler runs beside what is timed
             learned = study(students, lesson)
             yield {
                 "learning_rate": rate,
@@ -177,16 +214,25 @@ def run_config(config: RunConfig, rate: float, seed: int) -> RunConfig:
     )
 
 
-def enrol(config: RunConfig, name: str, device: jax.Device) -> Student:
-    """A drafter of this name, with the parameters of the warm start."""
-    objective, updates = lessons(name, config.drafter)
-    wide = objective == "eagle3"
-    shape = config.policy if wide else dataclasses.replace(config.policy, feature_layers=())
+def student_config(config: RunConfig, name: str) -> RunConfig:
+    """What a drafter of this name is configured as; "eagle3" alone reads all feature layers."""
+    objective, _ = lessons(name, config.drafter)
+    layers = config.policy.feature_layers if objective == "eagle3" else ()
     depth = 1 if objective == "eagle" else config.drafter.train_depth
-    own = dataclasses.replace(config.drafter, objective=objective, train_depth=depth)
-    params = setup.initial_drafter(dataclasses.replace(config, policy=shape, drafter=own))
-    state = spot_training.init_state(spot_training.optimizer(own), params)
-    return Student(name, shape, own, updates, device, jax.device_put(state, device))
+    return dataclasses.replace(
+        config,
+        policy=dataclasses.replace(config.policy, feature_layers=layers),
+        drafter=dataclasses.replace(config.drafter, objective=objective, train_depth=depth),
+    )
+
+
+def enrol(config: RunConfig, name: str, device: jax.Device) -> Student:
+    """A drafter of this name, with the parameters that a run begins with."""
+    own = student_config(config, name)
+    tx = spot_training.optimizer(own.drafter)
+    state = spot_training.init_state(tx, setup.initial_drafter(own))
+    _, updates = lessons(name, config.drafter)
+    return Student(name, own.policy, own.drafter, updates, device, jax.device_put(state, device))
 
 
 def heads(target: Any) -> Any:
@@ -205,7 +251,9 @@ def judge(
 
 def study(students: Sequence[Student], lesson: Lesson) -> dict[str, dict[str, Any]]:
     """Trains all drafters, each on its device, and gives their mean losses by name."""
-    begun = [take_updates(student, lesson) for student in students]  # devices work side by side
+    handed = [hand_out(student, lesson) for student in students]
+    # Devices work side by side.
+    begun = [take_updates(*given) for given in zip(students, handed, strict=True)]
     for student, (state, _) in zip(students, begun, strict=True):
         student.state = state
     return {
@@ -217,20 +265,25 @@ def study(students: Sequence[Student], lesson: Lesson) -> dict[str, dict[str, An
 def prices(students: Sequence[Student], lesson: Lesson) -> dict[str, float]:
     """Seconds that a lesson takes each drafter while the others rest, medians."""
     found: dict[str, list[float]] = {student.name: [] for student in students}
+    handed = [hand_out(student, lesson) for student in students]
     for _ in range(REPEATS):
-        for student in students:
+        for student, own in zip(students, handed, strict=True):
             began = time.perf_counter()
-            jax.block_until_ready(take_updates(student, lesson))
+            jax.block_until_ready(take_updates(student, own))
             found[student.name].append(time.perf_counter() - began)
     return {name: float(np.median(seconds)) for name, seconds in found.items()}
+
+
+def hand_out(student: Student, lesson: Lesson) -> Lesson:
+    """The lesson on the drafter's device."""
+    return jax.block_until_ready(jax.device_put(lesson, student.device))
 
 
 def take_updates(student: Student, lesson: Lesson) -> tuple[DrafterState, jax.Array]:
     """The drafter's state after its updates, and the mean loss; returns before they are done."""
     if student.updates == 0:
         return student.state, jnp.float32(0)
-    given = jax.device_put((lesson.heads, lesson.rows, lesson.key), student.device)
-    return _updated(student.state, *given, student.policy, student.config, updates=student.updates)
+    return _updated(student.state, *lesson, student.policy, student.config, updates=student.updates)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter_config", "updates"))
@@ -275,7 +328,7 @@ def empty_rows(config: RunConfig) -> DrafterBuffer:
     return sharding.to_host(buffer.empty(config.drafter, config.policy))
 
 
-def newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
+def with_newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
     """Puts the rows of a step's batches before those of earlier steps; the oldest drop out."""
     whole = sharding.to_host(batches)
     held = np.concatenate([np.any(batch.segment_ids != INVALID, axis=1) for batch in whole])
@@ -296,9 +349,8 @@ def newest(rows: DrafterBuffer, batches: Sequence[Microbatch]) -> DrafterBuffer:
 
 
 def of_rollout(row: dict[str, Any]) -> dict[str, Any]:
-    """What the run's own drafter did, told as of the others."""
-    measured = {name: row[name] for name in ("accept_length", "accept_by_position")}
-    return measured | {"loss": None}
+    """What the run's own drafter did; its shares by position are counted in another way."""
+    return {"accept_length": row["accept_length"], "accept_by_position": None, "loss": None}
 
 
 def progress(record: dict[str, Any], steps: int) -> str:

@@ -48,8 +48,10 @@ def measure(config: RunConfig, policy_params: Any, drafter_params: Any) -> dict[
     sides = [make_side(config, policy_params, drafter_params, name) for name in SIDES]
     for repeat in range(config.benchmark.repeats + 1):
         take_turns(sides, first=repeat % len(sides))
-    for side in sides:  # the first pass had programs to load
-        side.seconds, side.rollout_seconds = side.seconds[1:], side.rollout_seconds[1:]
+        if repeat == 0:  # it had programs to load, and prices to learn
+            for side in sides:
+                side.seconds, side.rollout_seconds, side.chunks = [], [], []
+    for side in sides:
         side.machinery.close()
     resting, training = (next(s for s in sides if s.name == name) for name in (RESTING, TRAINING))
     idle = metrics.idle_seconds(training.chunks)
@@ -57,9 +59,9 @@ def measure(config: RunConfig, policy_params: Any, drafter_params: Any) -> dict[
     rollouts = np.array(training.rollout_seconds) / np.array(resting.rollout_seconds)
     return {
         "sides": [_row(side, sides[0]) for side in sides],
-        "training": _times(training, resting)
+        "training": {f"over_resting_{key}": x for key, x in _times(training, resting).items()}
         | {
-            "rollout_times": float(np.median(rollouts)),
+            "over_resting_rollout_times": float(np.median(rollouts)),
             "idle_used_share": used / idle if idle > 0 else 0.0,
         },
     }
@@ -144,10 +146,12 @@ def table(price: Mapping[str, Any]) -> str:
             f"{row['accept_length']:>8.2f}"
         )
     told = price["training"]
+    times, least, most, rollout = (
+        told[f"over_resting_{key}"] for key in ("times", "times_min", "times_max", "rollout_times")
+    )
     lines.append(
-        f"a step whose idle slices train takes {told['times']:.3f} "
-        f"({told['times_min']:.3f}-{told['times_max']:.3f}) times as long as one whose idle "
-        f"slices rest, its rollout {told['rollout_times']:.3f} times; they train for "
+        f"a step whose idle slices train takes {times:.3f} ({least:.3f}-{most:.3f}) times as long "
+        f"as one whose idle slices rest, its rollout {rollout:.3f} times; they train for "
         f"{100 * told['idle_used_share']:.0f} % of their idle time"
     )
     return "\n".join(lines)

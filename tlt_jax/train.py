@@ -7,13 +7,12 @@ The same command resumes a run that was stopped.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 
 import jax
 
-from tlt_jax import command_line, metrics, setup, weights
+from tlt_jax import command_line, kept_config, metrics, setup, weights
 from tlt_jax.checkpoint import Checkpoints
 from tlt_jax.config import RunConfig
 from tlt_jax.controller import Controller
@@ -23,13 +22,11 @@ from tlt_jax.reporting.writers import (
     JsonlWriter,
     TensorboardWriter,
     progress_line,
-    write_atomically,
 )
 from tlt_jax.rl_step import Machinery, RunState, StepOutcome, rl_step, to_rollout_layout
-from tlt_jax.types import UserError
 
 # What a resumed run may set anew: it changes no step that is done already.
-MAY_CHANGE = ("benchmark", "checkpoint", "num_steps", "staleness")
+MAY_CHANGE = ("config.benchmark", "config.checkpoint", "config.num_steps", "config.staleness")
 
 
 class RunLog:
@@ -64,13 +61,13 @@ class RunLog:
 
 def train(config: RunConfig, workdir: pathlib.Path) -> RunState:
     """Runs or resumes a run to its last step and writes its reports."""
-    check_config(config, workdir)
+    kept_config.check(config, workdir, may_change=MAY_CHANGE)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     versions = DrafterVersions(workdir, config.checkpoint)
     machinery, state = setup.start(config)
     with contextlib.closing(machinery), contextlib.closing(versions):
         state = resume(machinery, state, checkpoints)
-        keep_config(config, workdir)  # only now: what did not fit so far can be put right in place
+        kept_config.keep(config, workdir)  # only now: what did not fit can be put right in place
         state = take_steps(config, workdir, machinery, state, checkpoints, versions)
     checkpoints.close()
     weights.save(workdir / "policy.safetensors", state.rollout_params, dtype="float32")
@@ -110,51 +107,6 @@ def take_steps(
             versions.save(state.carry.drafter)
     log.close()
     return state
-
-
-def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Checks that `config.json`, where there is one, says what this run is asked to do.
-
-    Raises:
-      UserError: the workdir belongs to a run of another configuration.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        kept = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to write it anew.") from error
-    different = _first_difference(kept, _as_json(config), "config")
-    if different is not None:
-        raise UserError(
-            f"{workdir} holds a run with another {different}; give the same value, or another "
-            "--workdir."
-        )
-
-
-def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes `config.json`."""
-    text = json.dumps(_as_json(config), indent=2) + "\n"
-    write_atomically(workdir / "config.json", text.encode())
-
-
-def _as_json(config: RunConfig) -> dict[str, object]:
-    """The config as JSON gives it back: tuples are lists."""
-    values: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return values
-
-
-def _first_difference(kept: object, asked: object, where: str) -> str | None:
-    if not isinstance(kept, dict) or not isinstance(asked, dict):
-        return None if kept == asked else f"{where} ({kept!r}, now {asked!r})"
-    for key in sorted(set(kept) | set(asked)):
-        if where == "config" and key in MAY_CHANGE:
-            continue
-        found = _first_difference(kept.get(key), asked.get(key), f"{where}.{key}")
-        if found is not None:
-            return found
-    return None
 
 
 def save(checkpoints: Checkpoints, config: RunConfig, state: RunState) -> None:

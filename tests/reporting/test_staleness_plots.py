@@ -20,12 +20,14 @@ def _line(step, rate, seed):
         "drafters": {
             name: {
                 "accept_length": length + seed * (name == "hass-512") - 0.1 * (step < 6),
-                "accept_by_position": [0.9, 0.5],
+                "accept_by_position": None if name == "n-gram" else [0.9, 0.5],
                 "loss": None if name in ("frozen", "n-gram") else 1.0,
             }
             for name, length in ACCEPT_LENGTHS.items()
         },
-        "prices": {"frozen": 0.0, "eagle-512": 0.5, "hass-512": 1.5} if step == 0 else None,
+        "prices": {"frozen": 0.0, "eagle-512": 0.5, "hass-512": 1.5 + seed % 2}
+        if step == 0
+        else None,
     }
 
 
@@ -39,8 +41,12 @@ def workdir(tmp_path):
     return tmp_path
 
 
+def _files(workdir):
+    return sorted((workdir / "runs").iterdir())
+
+
 def test_the_table_by_hand(workdir):
-    rows = staleness_plots.table(staleness_plots.read(workdir))
+    rows = staleness_plots.table(staleness_plots.read(_files(workdir)))
     assert [row["learning_rate"] for row in rows] == [1e-4] * 4 + [3e-4] * 4
     held = {row["drafter"]: row for row in rows[4:]}
     assert list(held) == list(ACCEPT_LENGTHS)
@@ -53,7 +59,7 @@ def test_the_table_by_hand(workdir):
 
 
 def test_pictures_have_a_panel_for_each_learning_rate(workdir):
-    runs = staleness_plots.read(workdir)
+    runs = staleness_plots.read(_files(workdir))
     above = staleness_plots.overview(runs).axes[:2]
     assert [axes.get_title() for axes in above] == [
         "Learning rate 0.0001",
@@ -61,9 +67,10 @@ def test_pictures_have_a_panel_for_each_learning_rate(workdir):
     ]
     for axes in above:
         assert [line.get_label() for line in axes.lines] == list(ACCEPT_LENGTHS)
+        assert len(staleness_plots.overview(runs).axes[2].lines) == 3 + 2  # n-gram left out
         # Means of five steps; the last has nothing of the first six.
         assert axes.lines[0].get_ydata()[[0, -1]].tolist() == pytest.approx([1.9, 2.0])
     drift, _, loss = staleness_plots.course(runs).axes
     assert drift.lines[0].get_ydata()[-1] == pytest.approx(0.8)
     assert [line.get_label() for line in loss.lines] == ["eagle-512", "hass-512"]
-    assert len(staleness_plots.write(workdir)) == 3
+    assert len(staleness_plots.write(workdir, _files(workdir))) == 3

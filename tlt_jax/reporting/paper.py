@@ -29,9 +29,6 @@ FIGURE_16_ACCEPTANCE = {
 }
 """Share of drafts accepted at draft position 1 to 8, read off a plot: approximate."""
 
-TABLE_6_ACCEPT_LENGTH = {"frozen": 4.59, "adaptive": 6.53}
-"""Accept length during RL training."""
-
 FIGURE_17_HELD_UP_MS = {"synchronous": 893, "asynchronous": 280, "selective": 97}
 """How long drafter training is held up by a checkpoint."""
 

@@ -1,11 +1,11 @@
 """Pictures and tables of the experiment `drafter_staleness`, beside the paper's.
 
-Its runs are the files `runs/*.jsonl` of a workdir; every function here takes them as `read` gives
-them, the lines of each run by the policy's learning rate.
+Every run is a file of JSON lines; every function here but `write` takes runs as `read` gives them,
+the lines of each by the policy's learning rate.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ AT_EITHER_END = 5
 """Steps whose mean stands for the beginning and the end of a run in the tables."""
 
 
-def write(workdir: Path) -> list[Path]:
-    """Writes `plots/drafter_staleness*.png` and `drafter_staleness.csv`; returns their paths."""
-    runs, folder = read(workdir), workdir / "plots"
+def write(workdir: Path, files: Iterable[Path]) -> list[Path]:
+    """Writes `plots/drafter_staleness*.png` and `drafter_staleness.csv` of the runs in `files`.
+
+    Returns the paths written.
+    """
+    runs, folder = read(files), workdir / "plots"
     folder.mkdir(exist_ok=True)
     paths = []
     for name, draw in (("drafter_staleness", overview), ("drafter_staleness_course", course)):
@@ -42,13 +45,12 @@ def write(workdir: Path) -> list[Path]:
     return paths
 
 
-def read(workdir: Path) -> Runs:
+def read(files: Iterable[Path]) -> Runs:
     """The lines of all runs, learning rates rising."""
     found: dict[float, list[list[dict[str, Any]]]] = defaultdict(list)
-    for path in sorted((workdir / "runs").glob("*.jsonl")):
+    for path in files:
         lines = list(read_jsonl(path))
-        if lines:
-            found[lines[0]["learning_rate"]].append(lines)
+        found[lines[0]["learning_rate"]].append(lines)
     return dict(sorted(found.items()))
 
 
@@ -65,7 +67,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
     """
     lines = []
     for rate, of_rate in runs.items():
-        prices = of_rate[0][0]["prices"]
+        prices = _prices(of_rate)
         eagle = next((prices[name] for name in prices if name.startswith("eagle-")), None)
         for name in drafters(runs):
             first, last = (
@@ -108,8 +110,15 @@ def overview(runs: Runs) -> Figure:
             if column > 0:
                 axes.set_ylabel("")
     columns = min(1 + len(runs), 4)
-    handles = below[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=columns)
+    handles, labels = above[0].get_legend_handles_labels()
+    papers, theirs = below[0].get_legend_handles_labels()
+    count = len(paper.FIGURE_16_ACCEPTANCE)
+    figure.legend(
+        handles + papers[-count:],
+        labels + theirs[-count:],
+        loc="outside upper center",
+        ncols=columns,
+    )
     return figure
 
 
@@ -142,6 +151,12 @@ def _accept_length(lines: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(np.mean([line["drafters"][name]["accept_length"] for line in lines]))
 
 
+def _prices(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Seconds of a lesson by drafter, medians of the runs."""
+    told = [run[0]["prices"] for run in runs]
+    return {name: float(np.median([prices[name] for prices in told])) for name in told[0]}
+
+
 def _by_step(
     axes: Axes, index: int, runs: Sequence[Sequence[Mapping[str, Any]]], name: str, figure: str
 ) -> None:
@@ -165,6 +180,8 @@ def _by_position(
     axes: Axes, index: int, runs: Sequence[Sequence[Mapping[str, Any]]], name: str
 ) -> None:
     held = [line["drafters"][name] for run in runs for line in run[-AT_EITHER_END:]]
+    if held[0]["accept_by_position"] is None:
+        return
     shares = np.mean([one["accept_by_position"] for one in held], axis=0)
     axes.plot(
         range(1, len(shares) + 1),
