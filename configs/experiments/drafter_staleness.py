@@ -1,7 +1,9 @@
 """python -m tlt_jax.ablate drafter_staleness --workdir=runs/drafter_staleness
 
 When does training the drafter during RL pay? The quickstart's policy at three learning rates and
-three seeds; see `tlt_jax/staleness.py`. TIME_AND_RESULT
+three seeds; see `tlt_jax/staleness.py`. Nine RL runs of about five minutes each on two CPU cores
+with AVX-512. At the highest rate a trained drafter ends with an accept length a quarter above that
+of a frozen one, at the quickstart's rate with 1 to 2 % more: docs/drafter.md.
 """
 
 from ml_collections import config_dict
