@@ -118,6 +118,15 @@ def test_only_filled_rows_are_drawn_and_all_of_them():
     _check_alignment(drawn)
 
 
+def test_the_newest_tokens_are_those_at_the_rows_ends():
+    """Rows 0 .. 2 hold 7, 6 and 3 tokens, row 2 is being filled: its last 4 begin at 0."""
+    buffer = _insert(_empty(), 7, 6, 3)
+    found = buffer_lib.newest(buffer, rows=3, tokens=4)
+    np.testing.assert_array_equal(found.tokens, buffer.tokens[jnp.array([2, 1, 0])])
+    np.testing.assert_array_equal(found.starts, [0, 2, 3])
+    assert buffer_lib.newest(_empty(), rows=1, tokens=4).starts.tolist() == [0]
+
+
 def test_a_microbatch_depends_on_its_key():
     buffer = _insert(_empty(), 8, 8, 8)
     drawn = [

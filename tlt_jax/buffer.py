@@ -127,10 +127,11 @@ def insert_each(
     return jax.lax.while_loop(more, body, (buffer, wanted))[0]
 
 
-def newest(buffer: DrafterBuffer, rows: int) -> Microbatch:
-    """The `rows` rows that were written last, from their beginning on; some may hold nothing."""
+def newest(buffer: DrafterBuffer, *, rows: int, tokens: int) -> Microbatch:
+    """The last `tokens` tokens of the `rows` rows that were written last; some may hold nothing."""
     chosen = (buffer.row - jnp.arange(rows)) % buffer.tokens.shape[0]
-    return _microbatch(buffer, chosen, jnp.zeros((rows,), jnp.int32))
+    used = jnp.sum(buffer.segment_ids[chosen] != INVALID, axis=1, dtype=jnp.int32)
+    return _microbatch(buffer, chosen, jnp.maximum(used - tokens, 0))
 
 
 def sample(buffer: DrafterBuffer, key: jax.Array, *, rows: int, tokens: int) -> Microbatch:

@@ -1,6 +1,6 @@
 """Whether a drafter that trains is still good: it must not fall behind its own last good version.
 
-After a rollout both draft at the newest rows of all slices' buffers: sequences that have just
+After a rollout both draft at the newest tokens of all slices' buffers: sequences that have just
 ended, of which training has seen little or nothing yet. Where the drafter that training left is
 accepted far less often there than the last good one, or is not even a number, that one takes its
 place, with an optimizer that begins anew; else it is the last good one from then on. The same
@@ -27,6 +27,7 @@ from tlt_jax.types import SamplingParams
 WORSE = 0.75
 """A drafter is bad if it is accepted less often than this share of what the last good one is."""
 ROWS = 2  # of each slice's buffer
+TOKENS = 128  # of each row; all of them would hold up a step by some percent
 LEAST_EVIDENCE = 64  # places
 
 
@@ -82,15 +83,16 @@ def _acceptance(
     buffer: DrafterBuffer,
     sampling_params: SamplingParams,
 ) -> jax.Array:
-    """At depth 1, the mean over all slices' newest rows; NaN without evidence."""
+    """At depth 1, the mean over the newest tokens of all slices; NaN without evidence."""
+    tokens = min(TOKENS, drafter_config.row_length)
     accepted, counted = jax.lax.psum(
         objectives.acceptance_sums(
             params,
             target,
             config,
-            drafter_config.on_whole_rows(),
+            dataclasses.replace(drafter_config, microbatch_tokens=tokens),
             sampling_params,
-            buffer_lib.newest(buffer, ROWS),
+            buffer_lib.newest(buffer, rows=ROWS, tokens=tokens),
             depth=1,
         ),
         SLICE,

@@ -214,9 +214,9 @@ class DrafterConfig:
     rounds_per_microbatch: tuple[int, ...] = (1, 1, 2, 2, 5)
     between_steps_budget: float = 0.03
 
-    def on_whole_rows(self, row_length: int | None = None) -> "DrafterConfig":
-        """The same with microbatches of whole rows."""
-        return dataclasses.replace(self, microbatch_tokens=row_length or self.row_length)
+    def on_whole_rows(self, row_length: int) -> "DrafterConfig":
+        """The same with microbatches of whole rows of this length."""
+        return dataclasses.replace(self, microbatch_tokens=row_length)
 
     def row_megabytes(self, policy: PolicyConfig) -> float:
         """What a row of the buffer takes: features, and three 32-bit numbers for each token."""
