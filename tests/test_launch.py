@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 
@@ -47,6 +48,14 @@ def write_script(path: pathlib.Path, text: str) -> pathlib.Path:
     return path
 
 
+# Runs a command that heeds Ctrl-C: tests in the background of a shell hand on that it is ignored.
+HEEDING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Sandbox:
     """A copy of the launch scripts and of what they install from, with the stub as its Python."""
 
@@ -71,15 +80,13 @@ class Sandbox:
             "PYTHON": str(self.python),
         }
         return subprocess.Popen(
-            ["bash", str(self.root / "launch" / script), *arguments],
+            [sys.executable, "-c", HEEDING, "bash", str(self.root / "launch" / script), *arguments],
             cwd=self.elsewhere,
             env=environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Tests started in the background of a shell would hand on that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
