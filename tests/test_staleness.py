@@ -167,6 +167,7 @@ def test_what_cannot_be_is_told_before_anything_runs(config, tmp_path, changes, 
         ({"drafter": {"train_depth": 1}}, r"train_depth is 1, but the objective 'hass'"),
         ({"learner": {"kl_coef": 0.0}}, "drift is not measured"),
         ({"num_steps": 0}, "num_steps be 1 or more"),
+        ({"warm_start_dir": "/nowhere"}, r"no weights at /nowhere/policy\.safetensors"),
     ],
 )
 def test_what_would_not_be_what_it_is_called_is_refused(config, tmp_path, groups, sentence):

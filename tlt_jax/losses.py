@@ -77,10 +77,10 @@ def coupled_acceptance(logits: jax.Array, target_logits: jax.Array) -> jax.Array
     With p the target's distribution and q the drafter's, softmax of [..., V] each, the two noisy
     arg-maxes are both i with probability 1 / sum_j max(p_j / p_i, q_j / q_i) (Daliri et al.,
     arXiv 2408.07978). In the order of q / p the sum is what p holds up to i, over p_i, plus what q
-    holds beyond, over q_i: V log V operations and not V squared. Differentiable; shape [...].
+    holds beyond, over q_i: V log V operations and not V squared. Shape [...].
     """
     log_p, log_q = jax.nn.log_softmax(target_logits), jax.nn.log_softmax(logits)
-    order = jnp.argsort(jax.lax.stop_gradient(log_q - log_p), axis=-1)
+    order = jnp.argsort(log_q - log_p, axis=-1)
     p, q = (jnp.exp(jnp.take_along_axis(x, order, axis=-1)) for x in (log_p, log_q))
     up_to = jnp.cumsum(p, axis=-1)
     beyond = jax.lax.cumsum(q, axis=q.ndim - 1, reverse=True) - q

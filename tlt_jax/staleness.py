@@ -16,6 +16,7 @@ leaves alone what is complete.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,6 @@ def run(config: RunConfig, workdir: pathlib.Path) -> None:
     """
     check(config)
     kept_config.check(config, workdir, may_change=MAY_CHANGE)
-    kept_config.keep(config, workdir)
     paths = []
     for seed in config.staleness.seeds:
         for rate in config.staleness.learning_rates:
@@ -93,8 +93,11 @@ def run(config: RunConfig, workdir: pathlib.Path) -> None:
                 continue
             paths[-1].unlink(missing_ok=True)
             print(f"learning rate {rate:g}, seed {seed}", flush=True)
+            records = follow(config, rate, seed)
+            first = next(records)  # what does not fit is told before anything is written
+            kept_config.keep(config, workdir)
             with contextlib.closing(JsonlWriter(paths[-1])) as log:
-                for record in follow(config, rate, seed):
+                for record in itertools.chain([first], records):
                     log.write(record)
                     print(progress(record, config.num_steps), flush=True)
             jax.clear_caches()  # a process on CPU may hold only so many programs
