@@ -8,6 +8,8 @@
 #                      and python3 that runs and is Python 3.11 or newer)
 # TLT_JAX_ACCELERATOR  gpu or tpu: installs requirements-gpu.txt or requirements-tpu.txt too
 #
+# An environment that had JAX for CUDA before these scripts came to it keeps that one.
+#
 # A step is skipped when its stamp, written after the step has ended, still fits the files it
 # depends on: a second call costs about a second, an interrupted one resumes where it stopped.
 
@@ -102,6 +104,12 @@ install_once() {
   echo "$wanted" >"$stamp"
 }
 
+# Whether somebody else has put JAX's plugin for NVIDIA GPUs into the environment, for any CUDA.
+brings_cuda() {
+  [[ ! -f $venv/install-gpu.stamp ]] &&
+    "$venv_python" -m pip list --format=freeze 2>/dev/null | grep '^jax-cuda.*-plugin==' >/dev/null
+}
+
 make_venv() {
   local version
   if "$venv_python" -m pip --version >/dev/null 2>&1; then
@@ -126,6 +134,10 @@ prepare_environment() {
   install_once core requirements.txt --requirement "$root/requirements.txt"
   # The constraint keeps what an extra pulls in inside the ranges of the core requirements.
   for extra in $accelerator "$@"; do
+    if [[ $extra == gpu ]] && brings_cuda; then
+      echo "Keeping the JAX for CUDA that is in $venv"
+      continue
+    fi
     install_once "$extra" "requirements-$extra.txt" \
       --requirement "$root/requirements-$extra.txt" --constraint "$constraint"
   done

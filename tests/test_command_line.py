@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from ml_collections import config_dict
 
@@ -68,6 +69,35 @@ def test_a_platform_can_be_asked_for(run, tmp_path):
     assert not (tmp_path / "no").exists()
     said = _one_sentence(run("--config=config.py", f"--workdir={tmp_path}/no", "--platform=npu"))
     assert "npu" in said and "cpu|gpu|tpu" in said
+
+
+@pytest.mark.parametrize(
+    "backend,dtype,told,expected",
+    [
+        ("gpu", "float32", None, "highest"),
+        ("tpu", "float32", None, "highest"),
+        ("gpu", "float32", "tensorfloat32", "tensorfloat32"),
+        ("gpu", "bfloat16", None, None),
+        ("cpu", "float32", None, None),
+    ],
+)
+def test_an_accelerator_multiplies_float32_in_full(monkeypatch, backend, dtype, told, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_default_matmul_precision
+    try:
+        jax.config.update("jax_default_matmul_precision", told)
+        command_line.multiply_in_full(dtype)
+        assert jax.config.jax_default_matmul_precision == expected
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_a_command_line_on_an_accelerator_does_so(run, tmp_path):
+    program = PROGRAM.replace("jax.device_count()", "jax.config.jax_default_matmul_precision")
+    pretence = "import jax\njax.default_backend = lambda: 'gpu'\n"
+    (tmp_path / "program.py").write_text(pretence + program)
+    done = run("--config=config.py", f"--workdir={tmp_path}/new")
+    assert done.stdout.split()[-1] == "highest", done.stderr
 
 
 def _one_sentence(done):

@@ -34,6 +34,7 @@ case "$(basename "$0") $*" in
   *"-m pip install "*)
     trap "exit 1" INT # as pip does, which a script could take for an ordinary failure
     echo "pip was here"; sleep "${STUB_PIP_SECONDS:-0}"; exit "${STUB_PIP_STATUS:-0}" ;;
+  *"-m pip list "*) echo "${STUB_PACKAGES:-numpy==2.4}" ;;
   *"-m tlt_jax.train "*) echo "trained in $PWD"; exit "${STUB_TRAIN_STATUS:-0}" ;;
   mypy*) exit "${STUB_MYPY_STATUS:-0}" ;;
 esac
@@ -306,20 +307,33 @@ def test_failing_training_is_told(sandbox):
     assert "summary.md" not in result.stdout
 
 
-def test_a_gpu_machine_is_checked_from_tests_to_benchmark(sandbox):
+def test_a_gpu_machine_is_checked_from_training_to_benchmark(sandbox):
     write_script(sandbox.path_folder / "nvidia-smi", "#!/usr/bin/env bash\necho 'H200, 570'\n")
     result = sandbox.run("gpu.sh", "--config.num_steps=2", WORKDIR="mine")
     assert result.returncode == 0, result.stderr
-    assert "requirements-gpu.txt" in sandbox.installed()
+    assert sandbox.installed() == ["requirements.txt", "requirements-gpu.txt", "package"]
     given = f"--config=configs/quickstart.py:gpu --workdir={sandbox.elsewhere}/mine"
-    tests, training, benchmark = sandbox.calls("-m (pytest|tlt_jax)")
-    assert tests == "python -m pytest"
+    training, benchmark = sandbox.calls("-m (pytest|tlt_jax)")
     assert training == f"python -m tlt_jax.train {given} --config.num_steps=2"
     start, parts, end = re.split(r"--config.benchmark.parts=\((.*)\) ", benchmark)
     assert start + end == f"python -m tlt_jax.benchmark {given} --config.num_steps=2"
     # Training on idle slices takes two slices, and this is one device.
     named = {name.strip("'") for name in parts.split(",")}
     assert named == set(PARTS) - {"training"}
+
+
+def test_a_cuda_that_an_environment_brings_is_kept(sandbox):
+    write_script(sandbox.path_folder / "nvidia-smi", "#!/usr/bin/env bash\necho 'H100, 580'\n")
+    result = sandbox.run("gpu.sh", STUB_PACKAGES="jax-cuda13-pjrt==0.11.2")  # no plugin of JAX
+    assert "requirements-gpu.txt" in sandbox.installed()
+    # What these scripts have installed themselves follows the requirements.
+    result = sandbox.run("gpu.sh", STUB_PACKAGES="jax-cuda12-plugin==0.10.2")
+    assert result.returncode == 0 and "Keeping" not in result.stdout
+    (sandbox.venv / "install-gpu.stamp").unlink()
+    result = sandbox.run("gpu.sh", STUB_PACKAGES="jax-cuda13-plugin==0.11.2")
+    assert result.returncode == 0, result.stderr
+    assert f"Keeping the JAX for CUDA that is in {sandbox.venv}" in result.stdout
+    assert "requirements-gpu.txt" not in sandbox.installed()
 
 
 def test_a_machine_without_a_gpu_is_told_before_anything_is_installed(sandbox):
