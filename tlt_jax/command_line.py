@@ -113,7 +113,7 @@ def multiply_in_full(dtype: str) -> None:
     part further from those of other row counts than the bound on near-ties says. A precision that
     JAX was told, by `JAX_DEFAULT_MATMUL_PRECISION`, is kept.
     """
-    told = jax.config.jax_default_matmul_precision is not None
+    told = jax.config.values["jax_default_matmul_precision"] is not None
     if dtype == "float32" and jax.default_backend() != "cpu" and not told:
         jax.config.update("jax_default_matmul_precision", "highest")
 
