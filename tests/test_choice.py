@@ -13,7 +13,7 @@ import pytest
 import toy_engine
 
 from tlt_jax import bandit as bandit_lib
-from tlt_jax import choice
+from tlt_jax import choice, rollout
 from tlt_jax.bandit import WINDOW
 from tlt_jax.budget import NO_BLOCK, Block, Budget, RoundTimes
 from tlt_jax.choice import Choice
@@ -209,6 +209,24 @@ def test_the_first_process_decides_what_idle_slices_train(monkeypatch):
 
 # A microbatch takes as long as 1.6 rounds in the bucket of one row.
 KNOWING = Controller(budget=Budget(rounds=(RoundTimes(1, "chain-4", (0.5,)),), microbatches=(0.8,)))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "live", "whole_again"), [(3, 4, False), (4, 4, True), (10, 1, False), (11, 1, True)]
+)
+def test_a_broken_drafter_is_taken_for_whole_on_evidence_alone(rounds, live, whole_again):
+    """A chunk that ended before it could have given up says nothing, as of a single row."""
+    programs = toy_engine.engine("bandit")
+    target, draft = toy_engine.counting()
+    ran = toy_engine.roll(programs, (target, draft), toy_engine.counting_prompts(*[31] * 8))
+    record = next(record for record in ran.chunks if record.strategy == "chain-2")
+    idle = [0] * (len(record.rounds_run) - 1)
+    record = dataclasses.replace(
+        record, rounds_run=[rounds, *idle], row_rounds=[rounds * live, *idle]
+    )
+    known = dataclasses.replace(FRESH, broken=("trained",))
+    after = rollout.taught(programs, known, Strategy(2), record, gave_up=False, timed=False)
+    assert after.broken == (() if whole_again else ("trained",))
 
 
 @pytest.mark.parametrize("threshold", [1, 2])

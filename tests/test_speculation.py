@@ -305,6 +305,18 @@ def test_rounds_end_early_where_hardly_a_draft_is_accepted(random_models, give_u
     assert int(stats.rounds) == (3 if give_up_below > DEPTH + 1 else 9)
 
 
+@pytest.mark.parametrize(("live", "rounds"), [(1, 10), (2, 5), (3, 4), (4, 3)])
+def test_few_rows_go_on_until_there_is_evidence(random_models, live, rounds):
+    """Three wrong guesses of a single row are bad luck; ten of all live ones are not."""
+    broken = random_models.replace(draft=jax.tree.map(lambda x: x * jnp.nan, random_models.draft))
+    state = _prefilled(random_models, toy_engine.prompts(4), [50] * 4)
+    state = state.replace(live=jnp.arange(4) < live)
+    _, stats = _run(
+        broken, Strategy(DEPTH), _sampler(), state, jnp.int32(20), give_up_below=float(DEPTH + 1)
+    )
+    assert int(stats.rounds) == rounds
+
+
 def test_zero_statistics_have_one_entry_per_draft():
     assert zero_stats(Strategy(0)).accepted.shape == (0,)
     assert zero_stats(Strategy(4)).accepted.shape == (4,)

@@ -26,7 +26,7 @@ from tlt_jax.controller import FRESH, Controller, calibrate, note_broken
 from tlt_jax.ngram import Library
 from tlt_jax.programs import RolloutPrograms
 from tlt_jax.seating import Queue, Seats
-from tlt_jax.speculation import PROVING_ROUNDS, Sampler
+from tlt_jax.speculation import PROVING_GUESSES, PROVING_ROUNDS, Sampler
 from tlt_jax.spot_training import DrafterState
 from tlt_jax.types import Strategy
 
@@ -253,7 +253,7 @@ def _launch(programs: RolloutPrograms, flight: _Flight, choice: Choice, rounds: 
         rounds=rounds,
         **_by_slice(told, before, training=kind.training),
     )
-    flight.controller = _taught(
+    flight.controller = taught(
         programs,
         flight.controller,
         kind.strategy,
@@ -264,7 +264,7 @@ def _launch(programs: RolloutPrograms, flight: _Flight, choice: Choice, rounds: 
     return record
 
 
-def _taught(
+def taught(
     programs: RolloutPrograms,
     controller: Controller,
     strategy: Strategy,
@@ -306,7 +306,8 @@ def _taught(
             gave_up=gave_up,
         )
         controller = dataclasses.replace(controller, bandit=bandit)
-    if strategy.is_plain or (not gave_up and max(record.rounds_run) <= PROVING_ROUNDS):
+    proved = max(record.rounds_run) > PROVING_ROUNDS and max(record.row_rounds) > PROVING_GUESSES
+    if strategy.is_plain or not (gave_up or proved):
         return controller  # it ended before it had to prove anything
     if gave_up and record.accepted[0] > BROKEN_BELOW * rounds:
         return controller  # too deep for its drafts, which are of use

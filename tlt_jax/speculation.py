@@ -39,6 +39,8 @@ DRAFT_STREAM, CHANCE_STREAM = 2**31 - 2, 2**31 - 3
 
 PROVING_ROUNDS = 3
 """A chunk runs at least so many rounds before it may end for want of accepted drafts."""
+PROVING_GUESSES = 10
+"""And a slice drafts in it at least so often: of a single row three hard places prove nothing."""
 
 
 @struct.dataclass
@@ -345,13 +347,14 @@ def run_rounds(
       state: the rows of a slice. The drafter's cache must not lag: see `refresh_draft_cache`.
       stats: what to add to.
       rounds: [] int32.
-      give_up_below: [] float32; from `PROVING_ROUNDS` rounds on the accept length must not be less.
+      give_up_below: [] float32; from `PROVING_ROUNDS` rounds and `PROVING_GUESSES` trees drafted on
+        the accept length must not be less.
     """
 
     def more(carry: tuple[RolloutState, RoundStats]) -> jax.Array:
         state, stats = carry
         worth_it = stats.committed >= give_up_below * stats.row_rounds
-        going_on = worth_it | (stats.rounds < PROVING_ROUNDS)
-        return (stats.rounds < rounds) & jnp.any(state.live) & going_on
+        proving = (stats.rounds < PROVING_ROUNDS) | (stats.row_rounds < PROVING_GUESSES)
+        return (stats.rounds < rounds) & jnp.any(state.live) & (worth_it | proving)
 
     return jax.lax.while_loop(more, lambda carry: step(*carry), (state, stats))
